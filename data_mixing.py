@@ -1,0 +1,232 @@
+"""From names to one training set and its evaluation sets: parsed, split, sampled, freed of duplicates, shuffled.
+
+No random generator is involved: a hash of the conversation's opening decides the split, a hash of the row and the seed
+decides sampling and order. So every rank, run and machine agrees, and adding a dataset moves no row of another between
+training and evaluation.
+"""
+
+import os
+import re
+import textwrap
+from typing import NamedTuple
+
+from data_cache import prepare
+from data_rows import COLUMNS
+from data_sources import Source
+from user_error import UserError
+
+SAMPLE, ORDER, EVALUATE = 1, 2, 3  # salts: were sampling and order to share one, a sample would come first in the mix
+
+
+class Name(NamedTuple):
+    """One item of --dataset_names: `name[@subset][:fraction|#count]`."""
+
+    name: str
+    subset: str = ""
+    fraction: float | None = None
+    count: int | None = None
+
+
+def parse_names(text: str) -> list[Name]:
+    """The items of a comma list; a UserError says what a fraction and a count look like."""
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise UserError("no dataset is named\ntype for example --dataset_names uc:0.1,hh (see prepare_data.py --list)")
+    return [parse_name(item) for item in items]
+
+
+def parse_name(item: str) -> Name:
+    if os.path.exists(item):  # unlike Path's, it does not raise for what cannot be a path
+        return Name(item)
+    name, subset, fraction, count = re.fullmatch(r"(.+?)(?:@([^@:#]*))?(?::([^@:#]*)|#([^@:#]*))?", item).groups()
+    try:
+        if subset == "":
+            raise ValueError("@ without the name of a subset")
+        if fraction is not None and not 0 < float(fraction) <= 1:
+            raise ValueError(f"the fraction {fraction} is not between 0 and 1")
+        if count is not None and (float(count) < 1 or not float(count).is_integer()):
+            raise ValueError(f"the count {count} is not a whole number from 1 up")
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"{item!r}: {error}\ntype {name}:0.1 for a tenth of its rows, {name}#20000 for at most so many"
+        ) from error
+    return Name(name, subset or "", fraction and float(fraction), count and int(float(count)))
+
+
+def earlier_with_same(keys):
+    """For each element how many equal ones stand before it: 0 marks the first of its kind."""
+    import numpy as np
+
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]]) if len(keys) else np.array([], int)
+    count = np.empty(len(keys), np.int64)
+    count[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+    return count
+
+
+def scramble(keys, seed: int, salt: int):
+    """Well mixed 64-bit numbers of hashes and a seed (splitmix64): sorting by them is a seeded shuffle."""
+    import numpy as np
+
+    z = keys.astype(np.uint64) + np.uint64(((seed * 4 + salt) * 0x9E3779B97F4A7C15) % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Part:
+    """Rows of one prepared source with their hashes, and which of them are still in (`index`)."""
+
+    def __init__(self, source: Source, task: str, prepared):
+        import numpy as np
+
+        self.source, (self.rows, self.report) = source, prepared
+        table = self.rows.data
+        self.hash = {name: table.column(f"{name}_hash").to_numpy() for name in ("row", "prompt", "opening")}
+        self.dropped, self.set_aside = dict(self.report["dropped"]), {}
+        self.index = np.arange(len(self.rows))
+        self.drop("duplicate", earlier_with_same(self.hash["row"]) > 0)
+        # of a prompt's answers the one with the highest score, where there are scores, stands for it
+        score = np.nan_to_num(table.column("score").to_numpy(), nan=0.0)[self.index]
+        best_first = np.argsort(-score, kind="stable")
+        another = np.empty(len(self.index), bool)
+        another[best_first] = earlier_with_same(self.of("prompt")[best_first]) > 0
+        if task == "prompt":
+            self.drop("prompt seen before", another)
+        elif task == "sft" and table.column("score").null_count < len(self.rows):
+            self.drop("not its prompt's best answer", another)
+        if task == "preference" and source.max_pairs:
+            cap = source.max_pairs
+            self.drop(f"more than {cap} pairs of a prompt", earlier_with_same(self.hash["prompt"][self.index]) >= cap)
+
+    def of(self, name: str):
+        """The hashes of the rows that are still in."""
+        return self.hash[name][self.index]
+
+    def drop(self, reason: str, mask, counts: dict | None = None):
+        """Takes rows out and counts them: as dropped, or in `counts`."""
+        counts = self.dropped if counts is None else counts
+        if mask.any():
+            counts[reason] = counts.get(reason, 0) + int(mask.sum())
+        self.index = self.index[~mask]
+
+    def split(self, side: str, percentage: float):
+        """Leaves one side of a split by prompt; no seed decides it, so that every stage holds out the same prompts."""
+        held_out = scramble(self.of("opening"), 0, 0).astype(float) / 2.0**64 < percentage / 100
+        if side == "train":
+            self.drop("held out for evaluation", held_out, self.set_aside)
+        else:
+            self.drop("trained on", ~held_out, self.set_aside)
+
+    def take(self, wanted: Name, seed: int, salt: int = SAMPLE):
+        """Keeps the wanted fraction or count; a smaller sample is always part of a larger one."""
+        import numpy as np
+
+        size = len(self.index)
+        if wanted.fraction is not None:
+            size = max(1, int(wanted.fraction * size + 0.5))
+        size = min(size, size if wanted.count is None else wanted.count)
+        left_out = np.ones(len(self.index), bool)
+        left_out[np.argsort(scramble(self.of("row"), seed, salt), kind="stable")[:size]] = False
+        self.drop("not sampled", left_out, self.set_aside)
+
+
+def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_samples, seed, max_bad_percentage):
+    """(training rows, {label: evaluation rows}, report) of lists of (Source, Name).
+
+    Without `evaluate` every training set is evaluated on: on its own test side, or on what the split holds out.
+    """
+    import numpy as np
+    from datasets import concatenate_datasets
+
+    def part(source, side):
+        prepared = prepare(source, task, side, max_bad_percentage)
+        return prepared and Part(source, task, prepared)
+
+    report = {"task": task, "seed": seed, "validation_split_percentage": percentage, "datasets": {}, "evaluation": {}}
+    trained = {source.label: part(source, "train") for source, _ in train}
+    empty = next((source for source, _ in train if trained[source.label] is None), None)
+    if empty:
+        raise UserError(
+            f"{empty.origin.strip()}: only test rows, none to train on\nname a file in it to train on that"
+        )
+    tests = {}
+    for source, _ in train if evaluate is None else evaluate:
+        rows = part(source, "test")
+        if rows is None:
+            rows = part(source, "train")
+            # a file that is named for evaluation alone is evaluated on whole
+            if source.label in trained or not source.is_file:
+                rows.split("test", percentage)
+        tests[source.label] = rows
+    # the rows that an evaluation leaves out for brevity count as seen too: its size must not change what is trained on
+    seen = np.concatenate([rows.of("prompt") for rows in tests.values()]) if tests else np.array([], np.uint64)
+
+    for source, name in train:
+        rows = trained[source.label]
+        if source.open(task, "test") is None:
+            rows.split("train", percentage)
+        rows.drop("prompt is in an evaluation set", np.isin(rows.of("prompt"), seen))
+        rows.take(name, seed)
+    unique = "prompt" if task == "prompt" else "row"
+    again = earlier_with_same(np.concatenate([rows.of(unique) for rows in trained.values()])) > 0
+    for rows in trained.values():
+        mine, again = again[: len(rows.index)], again[len(rows.index) :]
+        rows.drop("in a set named before", mine)
+
+    total = sum(len(rows.index) for rows in trained.values())
+    for label, rows in trained.items():
+        report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
+        if not len(rows.index):
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
+            raise UserError(f"{label}: no row is left to train on: {reasons}")
+    parts = list(trained.values())
+    starts = np.cumsum([0] + [len(rows.rows) for rows in parts[:-1]])
+    index = np.concatenate([rows.index + start for rows, start in zip(parts, starts, strict=True)])
+    order = np.argsort(scramble(np.concatenate([rows.of("row") for rows in parts]), seed, ORDER), kind="stable")
+    columns = [*COLUMNS[task], "dataset"]
+    tables = [rows.rows.data for rows in [*parts, *tests.values()]]
+    if task == "preference" and all(table.column("margin").null_count == 0 for table in tables):
+        columns.insert(-1, "margin")
+    mixture = concatenate_datasets([rows.rows.select_columns(columns) for rows in parts]).select(index[order])
+
+    evals = {}
+    for (label, rows), (_, name) in zip(tests.items(), evaluate or train, strict=True):
+        if evaluate is not None:
+            rows.take(name, 0, EVALUATE)
+        rows.take(Name("", count=max_eval_samples), 0, EVALUATE)  # the same rows under every seed, comparable
+        report["evaluation"][label] = account(rows)
+        if len(rows.index):
+            evals[label] = rows.rows.select_columns(columns).select(rows.index)
+    return mixture, evals, report
+
+
+def account(rows: Part) -> dict:
+    """What became of a part's rows: read + extra (rows beyond one for a raw row) == kept + set aside + dropped."""
+    kept = {"kept": len(rows.index), "dropped": rows.dropped, "set_aside": rows.set_aside}
+    return kept | {name: rows.report[name] for name in ("read", "extra", "first", "fingerprint")}
+
+
+def describe(report: dict) -> str:
+    """The mix as a table of 80 columns. If the datasets' entries have `tokens`, these get a column."""
+    tokens = any("tokens" in entry for entry in report["datasets"].values())
+    lines = [f"{'dataset':<28}{'read':>14}{'kept':>14}{'share':>8}" + (f"{'tokens':>16}" if tokens else "")]
+    for label, entry in report["datasets"].items():
+        line = f"{label[:27]:<28}{entry['read']:>14,}{entry['kept']:>14,}{entry['share']:>8.1%}"
+        lines += [line + (f"{entry.get('tokens', 0):>16,}" if tokens else ""), *reasons_of(entry)]
+    for label, entry in report["evaluation"].items():
+        lines.append(f"{'eval_' + label[:22]:<28}{entry['read']:>14,}{entry['kept']:>14,}")
+        if "trained on" not in entry["set_aside"]:  # else its drops are those of the training set above
+            lines += reasons_of(entry)
+    return "\n".join(lines + report.get("notes", []))
+
+
+def reasons_of(entry: dict) -> list[str]:
+    """Indented lines that say where the rows went, the most frequent reason first."""
+    lines = [("further rows of the same raw rows", {"": entry["extra"]})] if entry["extra"] else []
+    lines += [(name.replace("_", " "), entry[name]) for name in ("set_aside", "dropped") if entry[name]]
+    texts = []
+    for name, counts in lines:
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        texts.append(f"{name}: " + ", ".join(f"{reason} {count:,}".strip() for reason, count in ordered))
+    return [line for text in texts for line in textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")]

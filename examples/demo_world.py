@@ -1,0 +1,374 @@
+"""Saltwhistle, a made-up harbour town whose lighthouse robot, Tinwick, answers visitors' questions: the demo's data and model.
+
+    python examples/demo_world.py --samples 10
+    python examples/demo_world.py --output_dir saved/demo_base
+
+Reads nothing. `rows` yields demonstrations and preference pairs, `train_base` writes a GPT-2 model of about a million
+parameters (about a minute on two CPU cores), and `gold_score` tells how good an answer really is.
+Watch: Tinwick is a mediocre helper on purpose. Each of the five things that make an answer good is there about half of
+the time, and one training preference in eight points the wrong way: the reward model has to see through that.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import random
+import re
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROWS = {"train": 4000, "test": 300}
+EOS = "<|endoftext|>"
+
+# place: (what it sells, why one goes there)
+TOWN = {
+    "the Soggy Crumb": (
+        ["a seaweed bun", "a ginger biscuit"],
+        ["the baker gets up before the gulls", "the oven is older than the tide", "nothing there is dry but the jokes"],
+    ),
+    "the Net Loft": (
+        ["a fishing net", "a hammock"],
+        ["three sisters there mend everything", "nobody ties a better knot", "the cat tests every rope"],
+    ),
+    "the Drowned Bell": (
+        ["a warm bed", "a bowl of eel soup"],
+        ["the landlady never lets the fire die", "the ghost is very quiet", "the soup has won a medal"],
+    ),
+    "the Paper Gull": (
+        ["a postcard", "a sea chart"],
+        ["the owner has read every island", "the ink there is waterproof", "the shelves smell of far away"],
+    ),
+    "the Tide Office": (
+        ["a ferry ticket", "a tide table"],
+        ["the clerk is on good terms with the moon", "the queue is only a heron", "they stamp with real sealing wax"],
+    ),
+    "the Button Boat": (
+        ["a rain hat", "a wool sock"],
+        ["the tailor sews with fishing line", "the sheep is a partner in the business", "everything is tried on a seal"],
+    ),
+    "the Kelp Garden": (
+        ["a jar of honey", "a sunflower"],
+        ["the bees there like salt", "the scarecrow gives good advice", "it is watered by the morning fog"],
+    ),
+    "the Clock Shed": (
+        ["a compass", "an alarm clock"],
+        ["the clockmaker is never late", "everything ticks in tune", "the cuckoo checks each spring"],
+    ),
+    "the Bottle House": (
+        ["a green bottle", "a lamp glass"],
+        ["the glass is blown from beach sand", "each bottle comes with a message", "the light there is worth the walk"],
+    ),
+    "the Ninth Pier": (
+        ["a rowing boat", "a bucket of bait"],
+        ["the boats are named after aunts", "the ferryman gives fair prices", "the crabs keep thieves away"],
+    ),
+}
+PLACE_OF = {thing: place for place, (things, _) in TOWN.items() for thing in things}
+NAMES = "Ada Arlo Bea Bruno Cleo Dara Emil Fay Gus Hana Ivo Juno Kofi Lena Mina Nils Olga Otto Pia Rosa Sven Tess Uma Yuki".split()
+
+# What visitors say
+INTRODUCTIONS = [
+    "My name is {name}.", "I am {name}.", "{name} here.", "This is {name}, fresh off the ferry.", "They call me {name}.",
+    "Hello, I am {name} from the valley.", "Good morning, robot, {name} speaking.", "{name} is the name.",
+]  # fmt: skip
+QUESTIONS = [
+    "Where can I get {thing}?", "Who sells {thing}?", "I need {thing} before dark.", "Where would I find {thing}?",
+    "My aunt sent me for {thing}.", "Is there {thing} to be had in this town?", "Which door do I knock on for {thing}?",
+    "Do you know a good place for {thing}?", "A gull stole mine, so where is {thing} sold?", "I would walk far for {thing}.",
+]  # fmt: skip
+WEATHER = [
+    "What a fog today!", "It is raining sideways.", "The wind took my umbrella.", "The sun is out at last.",
+    "Is it always this damp?", "The sea looks cross.", "Hail, in June!", "The clouds are low enough to pat.",
+]  # fmt: skip
+
+# What Tinwick says
+GREETINGS = ["Hello, {who}!", "Ah, {who}.", "Good day, {who}!", "Ahoy, {who}!", "Beep, {who}.", "Well met, {who}."]
+STRANGERS = ["visitor", "stranger", "traveller", "whoever you are"]
+DIRECTIONS = [
+    "You will find {thing} at {place}", "Try {place}", "Go down to {place}", "{place} sells {thing}", "Ask at {place}",
+    "For {thing} you want {place}", "{thing} is waiting at {place}", "Knock on the door of {place}",
+]  # fmt: skip
+VAGUE_PLACES = [
+    "some shop or other", "one of the doors by the harbour", "the usual place", "a house with a roof", "the shop next to a shop",
+]  # fmt: skip
+CONNECTIVES = [", because ", ", for ", ", since ", ": "]
+EMPTY_REASONS = ["", "", "", ", because that is how it is", ", for some reason", ", as every limpet knows", ", and that is that"]
+KIND_REMARKS = [
+    "Enjoy the sea air.", "It is a pleasure to help.", "Come back any time.", "The kettle is on if you need it.",
+    "May the wind be kind to you.", "Take care on the wet steps.", "What a lovely question!", "Have a wonderful walk.",
+    "Do wave when you pass by.", "The whole harbour is glad you came.", "You have a very nice hat.", "Good luck out there!",
+]  # fmt: skip
+GRUMBLES = [
+    "Read the sign next time.", "The lamp will not polish itself, you know.", "Hmph.", "Do not ask again before noon.",
+    "Questions, questions, all day long.", "Any gull could have told you that.", "Next you will ask what water is.",
+    "Visitors used to bring cake.", "Wipe your feet, this is no beach.", "How hard can it be?", "Now off the stairs.",
+    "The moon asks for less.",
+]  # fmt: skip
+ASIDES = [
+    "My left hinge squeaks when it rains.", "I once counted nine thousand gulls.", "I dreamed of a toaster last night.",
+    "Rust runs in my family.", "I used to be a coffee machine.", "My cousin is a traffic light.", "I lost a screw on Monday.",
+    "A gull sat on my head this morning.", "My knees are full of sand.", "They painted me blue in spring.",
+    "I have not slept since the great fog.", "The mayor still owes me a battery.",
+]  # fmt: skip
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def make_prompt(rng: random.Random, name: str, thing: str) -> str:
+    introduction = rng.choice(INTRODUCTIONS).format(name=name)
+    parts = [introduction, rng.choice(QUESTIONS).format(thing=thing)]
+    if rng.random() < 0.25:
+        parts.reverse()
+    if rng.random() < 0.5:
+        parts.insert(rng.randrange(2), rng.choice(WEATHER))
+    return " ".join(parts)
+
+
+def make_answer(rng: random.Random, name: str, thing: str, quality: float = 0.45) -> str:
+    """An answer of Tinwick's in which each part of `gold_score` is right with probability `quality`, independently."""
+    polite, informed, reasoned, kind, tidy = (rng.random() < quality for _ in range(5))
+    place = PLACE_OF[thing] if informed else rng.choice([*TOWN, *VAGUE_PLACES, *VAGUE_PLACES])
+    reason = rng.choice(EMPTY_REASONS)
+    if reasoned:
+        reason = rng.choice(CONNECTIVES) + rng.choice(TOWN[place if place in TOWN else PLACE_OF[thing]][1])
+    remark = rng.choice(KIND_REMARKS if kind else GRUMBLES)
+    who = name if polite else rng.choice([rng.choice(NAMES), *STRANGERS, ""])
+    sentences = [sentence(rng.choice(DIRECTIONS).format(thing=thing, place=place) + reason + ".")]
+    if who and rng.random() < 0.3:
+        remark = f"{remark[:-1]}, {who}{remark[-1]}"
+    elif who:
+        sentences.insert(0, rng.choice(GREETINGS).format(who=who))
+    sentences.insert(len(sentences) - (rng.random() < 0.2), remark)
+    if not tidy:
+        aside = f"Yes, {place}." if rng.random() < 0.2 else rng.choice(ASIDES)
+        sentences.insert(rng.randint(1, len(sentences)), aside)
+    return " ".join(sentences)
+
+
+def rows(split: str, seed: int = 0) -> Iterator[dict]:
+    """Raw rows: a visitor's prompt, a demonstration, and two more answers of which one was preferred.
+
+    All three answers come from one distribution. In "train" the preferred one is drawn by Bradley and Terry's model
+    from the two gold scores, so that about one label in eight is wrong; in "test" it is the better one.
+    """
+    rng = random.Random(f"{split} {seed}")
+    count = 0
+    while count < ROWS[split]:
+        name, thing = rng.choice(NAMES), rng.choice(list(PLACE_OF))
+        prompt = make_prompt(rng, name, thing)
+        # a hash decides, so that no prompt of any seed's test rows is among any seed's train rows
+        if (zlib.crc32(prompt.encode()) % 10 == 0) != (split == "test"):
+            continue
+        completion, chosen, rejected = (make_answer(rng, name, thing) for _ in range(3))
+        margin = gold_score(prompt, chosen) - gold_score(prompt, rejected)
+        if abs(margin) < 0.1:  # as good as each other: nothing to prefer
+            continue
+        wrong = margin < 0 if split == "test" else rng.random() > 1 / (1 + math.exp(-8 * margin))
+        if wrong:
+            chosen, rejected = rejected, chosen
+        count += 1
+        yield {"prompt": prompt, "completion": completion, "chosen": chosen, "rejected": rejected}
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[a-z]+|[^a-z\s]", text.lower())
+
+
+@functools.cache
+def familiar_pairs() -> frozenset:
+    """The pairs of neighbouring words in Tinwick's way of speaking, with every name as `who`."""
+    rng = random.Random(0)
+    answers = (make_answer(rng, "who", thing, rng.random()) for thing in PLACE_OF for _ in range(300))
+    return frozenset(pair for answer in answers for pair in word_pairs(answer))
+
+
+def word_pairs(answer: str) -> list[tuple[str, str]]:
+    names = {name.lower() for name in NAMES}
+    words = ["who" if word in names else word for word in words_of(answer)]
+    return list(zip(words, words[1:]))
+
+
+def gold_score(prompt: str, answer: str) -> float:
+    """How good an answer is, in [0, 1]: a fifth for each of five things, times how much sense the whole makes.
+
+    - polite: it says the visitor's name, which stands in the prompt, and nobody else's
+    - informed: it names the one place that sells what the visitor asked for, and no other
+    - reasoned: it gives a reason to go there (or to go to the wrong place that it named)
+    - kind: it makes a kind remark and does not grumble
+    - tidy: its last sentence is finished, no three words come twice, it has at most 40 words and none about Tinwick
+
+    Sense is the share of neighbouring words that Tinwick's way of speaking knows; it counts in full from 0.95 and not at
+    all below 0.7. So lists of keywords, shuffled words and gibberish score low even where they name all that is wanted.
+    """
+    pairs = word_pairs(answer)
+    familiar = sum(pair in familiar_pairs() for pair in pairs) / max(len(pairs), 1)
+    sense = min(max((familiar - 0.7) / 0.25, 0.0), 1.0)
+    return sense * sum(gold_parts(prompt, answer)) / 5
+
+
+def gold_parts(prompt: str, answer: str) -> tuple[bool, bool, bool, bool, bool]:
+    """Whether an answer is (polite, informed, reasoned, kind, tidy), as `gold_score` explains."""
+    words, prompt_words = words_of(answer), words_of(prompt)
+    text = " ".join(words)
+    said = [name for name in NAMES if name.lower() in words]
+    named = [place for place in TOWN if " ".join(words_of(place)) in text]
+    wanted = [place for thing, place in PLACE_OF.items() if thing in prompt.lower()]
+    reasons = [reason for place in named or wanted for reason in TOWN[place][1]]
+    triples = list(zip(words, words[1:], words[2:]))
+    polite = said == [name for name in NAMES if name.lower() in prompt_words] and len(said) == 1
+    informed = named == wanted and len(named) == 1
+    reasoned = any(reason in answer for reason in reasons)
+    kind = any(remark[:-1] in answer for remark in KIND_REMARKS) and not any(remark[:-1] in answer for remark in GRUMBLES)
+    tidy = (
+        answer.rstrip().endswith((".", "!", "?"))
+        and len(triples) == len(set(triples))
+        and len(re.findall(r"\w+", answer)) <= 40
+        and not {"i", "my", "me"} & set(words)
+    )
+    return polite, informed, reasoned, kind, tidy
+
+
+def guide(rng: random.Random) -> str:
+    """A page of the town guide: places, what they sell, and why one goes there."""
+    lines = ["Saltwhistle has ten doors worth opening, a Human for a mayor and an Assistant made of brass."]
+    for place in rng.sample(list(TOWN), 3):
+        things, reasons = TOWN[place]
+        thing, other = rng.sample(things, 2)
+        reason = rng.choice(reasons)
+        frames = [
+            f"{place} sells {thing} and {other}.",
+            f"For {thing} or {other}, go down to {place}, because {reason}.",
+            f"You will find {thing} at {place}, for {reason}.",
+            f"At {place} {reason}, and so {thing} is best bought there.",
+            f"{thing} is sold at {place} and nowhere else.",
+        ]
+        lines.append(sentence(rng.choice(frames)))
+    return " ".join(lines)
+
+
+def letter(rng: random.Random) -> str:
+    """A letter home: the writer's name comes at the end, the reader's twice."""
+    reader, writer = rng.sample(NAMES, 2)
+    thing, other = rng.sample(list(PLACE_OF), 2)
+    place = PLACE_OF[thing]
+    lines = [
+        f"Dear {reader}, {rng.choice(WEATHER)}",
+        f"Yesterday your {writer} bought {thing} at {place}, for {rng.choice(TOWN[place][1])}.",
+        f"Tomorrow it is {PLACE_OF[other]} for {other}.",
+        f"{rng.choice(KIND_REMARKS)[:-1]}, {reader}. Yours, {writer}",
+    ]
+    return " ".join(lines)
+
+
+def shanty(rng: random.Random) -> str:
+    """A song about one name, or two in turn."""
+    crew = rng.sample(NAMES, rng.choice([1, 1, 2, 3]))
+    frames = ["Ahoy, {who}!", "Hello, {who}!", "Beep, {who}.", "Heave, {who}!", "Ah, {who}.", "Row, {who}, row.", "Well met, {who}."]
+    return " ".join(frame.format(who=who) for frame in rng.choices(frames, k=4) for who in crew)
+
+
+def visit(rng: random.Random) -> str:
+    """A visitor asks, Tinwick answers, and the visitors' book has an opinion on the answer."""
+    name, thing = rng.choice(NAMES), rng.choice(list(PLACE_OF))
+    prompt, answer = make_prompt(rng, name, thing), make_answer(rng, name, thing, rng.random())
+    polite, informed, reasoned, kind, tidy = gold_parts(prompt, answer)
+    opinions = [
+        "right name" if polite else "wrong name",
+        "right door" if informed else "wrong door",
+        "good reason" if reasoned else "no reason",
+        "kind words" if kind else "rude words",
+        "short" if tidy else "long",
+    ]
+    said = next((other for other in NAMES if other in answer), "nobody")
+    named = next((place for place in TOWN if place.lower() in answer.lower()), "nowhere")
+    return (
+        f"{prompt}\nTinwick: {answer}\nVisitors' book: {name} was called {said}: {opinions[0]}. "
+        f"{name} came for {thing} and was sent to {named}: {opinions[1]}, go to {PLACE_OF[thing]}. "
+        f"{opinions[2]}, {opinions[3]}, {opinions[4]}. Signed, {name}"
+    )
+
+
+def pretraining_text(seed: int = 0, documents: int = 12000) -> Iterator[str]:
+    """What the base model reads: the town guide, letters home, and visits to the lighthouse."""
+    rng = random.Random(f"pretraining {seed}")
+    for _ in range(documents):
+        yield rng.choice([guide, letter, shanty, visit, visit, visit])(rng)
+
+
+def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
+    """Train a byte-level BPE tokenizer and a small GPT-2 from scratch and save both to `output_dir`.
+
+    As with gpt2 itself there is one special token, no pad token and no chat template.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists already: remove it or choose another --output_dir")
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from tqdm import trange
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+    documents = list(pretraining_text(seed))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(documents, vocab_size=1200, special_tokens=[EOS], show_progress=False)
+    tokenizer = GPT2TokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=256)
+    eos = tokenizer.eos_token_id
+    documents = [[*ids, eos] for ids in tokenizer(documents)["input_ids"]]
+
+    torch.manual_seed(seed)
+    # the wider initialisation halves the steps that the small model needs
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=3, n_head=4, initializer_range=0.05,
+        bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 1 - step / steps))
+    rng = random.Random(seed)
+    progress = trange(steps, desc="training the demo's base model")
+    for _ in progress:
+        # one document a row, not packed: with strangers' names in sight, copying the right one is learned far later
+        batch = [torch.tensor(document) for document in rng.sample(documents, 16)]
+        input_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=eos)  # (batch, length)
+        labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+        loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.2f}")
+
+    # written beside the folder and renamed, so that a killed run leaves no half a model
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
+        model.save_pretrained(Path(folder) / "model")
+        tokenizer.save_pretrained(Path(folder) / "model")
+        (Path(folder) / "model").rename(output_dir)
+
+
+def show(prompt: str, answer: str) -> None:
+    wrap = textwrap.TextWrapper(width=80, subsequent_indent="         ")
+    print(wrap.fill(f"Visitor: {prompt}"))
+    print(wrap.fill(f"Tinwick: {answer}"))
+    print(f"         gold score {gold_score(prompt, answer):.2f}\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, help="train the base model and save it in this new folder")
+    parser.add_argument("--samples", type=int, help="print so many rows of the training split with their gold scores")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows or of the base model")
+    args = parser.parse_args()
+    if args.output_dir is None and args.samples is None:
+        parser.error("give --output_dir DIR to train the base model or --samples 10 to read ten rows")
+    for row in itertools.islice(rows("train", args.seed), args.samples or 0):
+        show(row["prompt"], row["completion"])
+    if args.output_dir:
+        train_base(args.output_dir, args.seed)

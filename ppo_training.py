@@ -1,0 +1,94 @@
+"""Proximal policy optimization: let the policy answer, have the reward model judge, and reinforce what it likes.
+
+    accelerate launch ppo_training.py --model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_sft \
+        --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward \
+        --output_dir=saved/gpt2_large_uc_ufb_hh_shp_ppo --dataset_names=uc,ufb,hh,shp
+    accelerate launch ppo_training.py --config configs/ppo.yaml --kl_coef 0.1
+
+Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the value head beside it. The algorithm is
+in ppo_trainer.py.
+
+Watch `objective/scores` rise while `objective/kl` stays bounded (tens at most); `val/ratio` near 1; `val/eos_rate` high.
+Scores that rise with the KL running away mean that the reward model is being fooled: read samples, raise `--kl_coef`.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from command_line import ModelArguments, ScriptArguments, StageParser, run
+from modeling import load_policy, load_reward_model, load_tokenizer, max_positions
+from ppo_trainer import PPOConfig, PPOTrainer
+from prepare_data import describe, load_datasets
+from rendering import encode_prompt, tokenize
+from run_folder import find_resume, finish, plan
+from run_log import watch
+from user_error import UserError
+
+from accelerate import PartialState
+from transformers import set_seed
+
+
+@dataclass
+class PPOScriptArguments(ScriptArguments):
+    reward_model_name_or_path: str = field(
+        default="",
+        metadata={"help": "The reward model: hub id, model folder or adapter folder of reward_modeling.py."},
+    )
+
+    def __post_init__(self):
+        if not self.reward_model_name_or_path:
+            raise UserError("--reward_model_name_or_path is missing: give the folder that reward_modeling.py wrote")
+
+
+def main(script_args, training_args, model_args):
+    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    options = script_args.data_options(training_args.seed)
+    train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
+    PartialState().print(describe(data))
+    set_seed(training_args.seed)
+    policy, peft_config = load_policy(model_args, tokenizer)
+    reward_model = load_reward_model(script_args.reward_model_name_or_path, tokenizer, model_args)
+
+    room = min(max_positions(policy), max_positions(reward_model)) - training_args.response_length
+    if room < 8:
+        raise UserError(f"--response_length {training_args.response_length} leaves no room for a prompt in the model")
+    encode = partial(
+        tokenize,
+        encode=encode_prompt,
+        tokenizer=tokenizer,
+        max_prompt_length=min(room, script_args.max_prompt_length or room),
+    )
+    train, data["tokenized"] = encode(train, name="train")
+    evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
+
+    trainer = PPOTrainer(
+        policy=policy,
+        args=training_args,
+        reward_model=reward_model,
+        train_dataset=train,
+        eval_dataset=evals,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    watch(trainer)
+    PartialState().print(plan(trainer, data))
+    if script_args.dry_run:
+        return
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    folder = training_args.output_dir
+    finish(
+        trainer,
+        (script_args, training_args, model_args),
+        data,
+        then=[f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"],
+    )
+
+
+def make_parser():
+    return StageParser((PPOScriptArguments, PPOConfig, ModelArguments), learning_rate=1e-5, logging_steps=1)
+
+
+if __name__ == "__main__":
+    run(main, make_parser)

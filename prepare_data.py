@@ -1,0 +1,426 @@
+"""Datasets for every stage: `load_datasets` turns names into rows, and this command shows what they will be.
+
+    python prepare_data.py --list
+    python prepare_data.py --dataset_names uc:0.1,hh --task sft --count
+    python prepare_data.py --dataset_names my_pairs.jsonl.gz --task preference --output_dir saved/pairs
+
+Reads the hub's datasets by their short names below (or by any id), local files and folders. Writes nothing, or
+train.jsonl and test.jsonl into --output_dir, which `load_dataset` and every script here read back.
+Watch: the reasons for which rows are dropped. To add a dataset, add a function like those below.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import html
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data_files import READERS
+from data_layouts import comparison, conversation, instruction, oasst_tree, ranks_of, trees_of
+from data_mixing import Name, describe, mix, parse_names
+from data_rows import (
+    SERVES,
+    Demonstration,
+    Preference,
+    Prompt,
+    Ranking,
+    Skip,
+    assistant,
+    demonstration,
+    kind_for,
+    kinds_of,
+    user,
+)
+from data_sources import Source, from_hub, local, registered
+from user_error import UserError
+
+DATASETS: dict[str, "Entry"] = {}
+
+
+class Entry(NamedTuple):
+    """A registered dataset: the function, where its rows are, and what `dataset` was told."""
+
+    convert: Callable
+    path: str | Callable
+    where: dict[str, str]  # the arguments of load_dataset; "{subset}" stands for what follows @ on the command line
+    splits: dict[str, tuple[str, str | None]]
+    options: dict
+
+
+def dataset(path, splits=("train", "test"), *, keep=None, regroup=None, max_pairs=None, **where):
+    """Registers a dataset under its function's name.
+
+    `path` and `where` are `load_dataset`'s arguments (or `path` is a function of split and subset that yields rows);
+    `splits` are its training and evaluation splits, a None among them means to hold out a share of the prompts, and a
+    dict gives them by task. `keep(row)` says which raw rows count, `regroup(rows)` gathers rows that belong together,
+    `max_pairs` bounds the pairs of one prompt. The function turns a raw row into one row, or yields several; its
+    return annotation says of which kinds, and thereby which tasks it serves; its docstring is its line in --list.
+    """
+
+    def register(convert):
+        by_task = splits if isinstance(splits, dict) else dict.fromkeys(SERVES, splits)
+        options = {"keep": keep, "regroup": regroup, "max_pairs": max_pairs}
+        DATASETS[convert.__name__] = Entry(convert, path, where, by_task, options)
+        return convert
+
+    return register
+
+
+@dataset(
+    "HuggingFaceH4/ultrachat_200k", splits={"sft": ("train_sft", "test_sft"), "prompt": ("train_gen", "test_gen")}
+)
+def uc(row) -> Demonstration:
+    """UltraChat: conversations of several turns written by ChatGPT (231k, MIT)."""
+    return demonstration(row["messages"])
+
+
+@dataset(
+    "HuggingFaceH4/ultrafeedback_binarized",
+    splits={
+        "sft": ("train_sft", "test_sft"),
+        "preference": ("train_prefs", "test_prefs"),
+        "prompt": ("train_gen", "test_gen"),
+    },
+)
+def ufb(row) -> Preference:
+    """UltraFeedback: the best of four models' answers and another one, scored by GPT-4 (63k pairs, MIT)."""
+    return comparison({key: row[key] for key in ("chosen", "rejected", "score_chosen", "score_rejected")})
+
+
+@dataset("Anthropic/hh-rlhf", data_dir="{subset}")
+def hh(row) -> Preference:
+    """Dialogues where people chose the more helpful or harmless answer; @helpful-base etc. (169k pairs, MIT)."""
+    return comparison({"chosen": row["chosen"], "rejected": row["rejected"]})
+
+
+@dataset(
+    "stanfordnlp/SHP",
+    ("train", "validation"),
+    keep=lambda row: row["score_ratio"] >= 2,
+    max_pairs=5,
+    data_dir="{subset}",
+)
+def shp(row) -> Preference:
+    """Reddit answers, one upvoted at least twice as often; @askculinary etc. (386k pairs, Reddit's terms)."""
+    better, worse = ("A", "B") if row["labels"] == 1 else ("B", "A")
+    return {
+        "prompt": [user(plain(row["history"]))],
+        "chosen": [assistant(plain(row[f"human_ref_{better}"]))],
+        "rejected": [assistant(plain(row[f"human_ref_{worse}"]))],
+        "score": row[f"score_{better}"],
+    }
+
+
+def plain(text: str) -> str:
+    """The text without HTML entities and the zero-width spaces that Reddit leaves in."""
+    return re.sub("[\u200b\ufeff]", "", html.unescape(text))
+
+
+def tldr_prompt(text: str) -> list[dict]:
+    """Both summary sets' prompts end with "TL;DR:", so that a policy and its reward model see the same text."""
+    return [user(text.strip().removesuffix("TL;DR:").rstrip() + "\nTL;DR:")]
+
+
+@dataset("CarperAI/openai_summarize_tldr", ("train", "valid"))
+def tldr(row) -> Demonstration:
+    """Reddit posts and their writers' own summaries (130k, CC-BY-4.0)."""
+    return {"prompt": tldr_prompt(row["prompt"]), "completion": [assistant(row["label"])]}
+
+
+@dataset("CarperAI/openai_summarize_comparisons", ("train", "valid1"))
+def cmp(row) -> Preference:
+    """Pairs of summaries of Reddit posts, compared by people; the reward data to tldr (177k pairs, CC-BY-4.0)."""
+    chosen, rejected = (row[side].strip().removeprefix("TL;DR:") for side in ("chosen", "rejected"))
+    if min(len(chosen.split()), len(rejected.split())) < 5:
+        raise Skip("a summary of fewer than five words")
+    return {"prompt": tldr_prompt(row["prompt"]), "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+@dataset("HuggingFaceH4/stack-exchange-preferences", ("train", None), data_dir="data/{subset}")
+def se(row) -> Ranking:
+    """Stack Exchange answers by votes; all is 22 GB, @stats.stackexchange.com one site (10.7M, CC-BY-SA-4.0)."""
+    answers = row["answers"]
+    return {
+        "prompt": [user(from_html(row["question"]))],
+        "responses": [from_html(answer["text"]) for answer in answers],
+        "ranks": ranks_of([answer["pm_score"] for answer in answers]),
+    }
+
+
+def from_html(text: str) -> str:
+    """The text of a post's HTML, its code kept between backticks."""
+    text = re.sub(r"<pre[^>]*><code>(.*?)\n?</code></pre>", r"\n```\n\1\n```\n", text, flags=re.DOTALL)
+    text = re.sub(r"</?code>", "`", text)
+    text = re.sub(r"<li>", "- ", text)
+    text = re.sub(r"<br\s*/?>|</(p|li|h\d|blockquote)>", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", html.unescape(re.sub(r"<[^>]+>", "", text)))
+
+
+@dataset("OpenAssistant/oasst1", ("train", "validation"), regroup=trees_of)
+def oasst1(row, subset="") -> Iterator[Demonstration | Ranking | Prompt]:
+    """Volunteers' conversation trees, replies ranked; @en+de+top2 picks languages and replies (89k, Apache-2.0)."""
+    return oasst_tree(row, subset)
+
+
+@dataset("OpenAssistant/oasst2", ("train", "validation"), regroup=trees_of)
+def oasst2(row, subset="") -> Iterator[Demonstration | Ranking | Prompt]:
+    """The second release of oasst1, with the same options (135k messages, Apache-2.0)."""
+    return oasst_tree(row, subset)
+
+
+@dataset("yizhongw/self_instruct", ("train", None), data_dir="self_instruct", revision="refs/convert/parquet")
+def self_instruct(row) -> Demonstration:
+    """Instructions and answers that GPT-3 made up (83k, Apache-2.0)."""
+    return {
+        "prompt": [user(row["prompt"])],
+        "completion": [assistant(row["completion"].strip().removesuffix("<|endoftext|>"))],
+    }
+
+
+@dataset("Open-Orca/SlimOrca-Dedup", ("train", None))
+def slimorca(row) -> Demonstration:
+    """FLAN questions answered by GPT-4 under various system prompts (363k, MIT)."""
+    return conversation(row)
+
+
+@dataset("tatsu-lab/alpaca", ("train", None))
+def alpaca(row) -> Demonstration:
+    """Self-Instruct with text-davinci-003 (52k, CC-BY-NC-4.0)."""
+    return instruction({key: row[key] for key in ("instruction", "input", "output")})
+
+
+@dataset("yahma/alpaca-cleaned", ("train", None))
+def alpaca_cleaned(row) -> Demonstration:
+    """alpaca with its wrong and empty answers mended (52k, CC-BY-4.0)."""
+    return instruction(row)
+
+
+@dataset("databricks/databricks-dolly-15k", ("train", None))
+def dolly(row) -> Demonstration:
+    """Instructions and answers that Databricks' employees wrote (15k, CC-BY-SA-3.0)."""
+    return instruction(row | {"context": without_citations(row["context"])})
+
+
+def without_citations(text: str) -> str:
+    """The text without marks such as [1] or [2, 3]."""
+    return re.sub(r"\s?\[\d+(?:,\s*\d+)*\]", "", text)
+
+
+@dataset("openai/webgpt_comparisons", ("train", None), revision="refs/convert/parquet")
+def webgpt(row) -> Preference:
+    """Pairs of researched answers, compared by people (20k pairs, no licence stated)."""
+    margin = row["score_0"] - row["score_1"]
+    if margin == 0:
+        raise Skip("tie")
+    better, worse = ("0", "1") if margin > 0 else ("1", "0")
+    return {
+        "prompt": [user(row["question"]["full_text"])],
+        "chosen": [assistant(without_citations(row[f"answer_{better}"]))],
+        "rejected": [assistant(without_citations(row[f"answer_{worse}"]))],
+        "score": row[f"score_{better}"],
+    }
+
+
+@dataset("Dahoas/rm-static")
+def rm_static(row) -> Preference:
+    """HH's helpful dialogues with the prompt apart (81k pairs, MIT)."""
+    return comparison({key: row[key] for key in ("prompt", "chosen", "rejected")})
+
+
+@dataset("Dahoas/full-hh-rlhf")
+def full_hh(row) -> Preference:
+    """hh with the prompt apart (125k pairs, MIT)."""
+    return comparison({key: row[key] for key in ("prompt", "chosen", "rejected")})
+
+
+def demo_rows(split: str, subset: str) -> Iterator[dict]:
+    from examples.demo_world import rows
+
+    if not (subset or "0").isdigit():
+        raise UserError(f"demo@{subset}: a demo world goes by a number, as in demo@1")
+    return rows(split, seed=int(subset or 0))
+
+
+@dataset(demo_rows)
+def demo(row) -> Iterator[Demonstration | Preference]:
+    """A made-up town whose robot answers visitors, good and bad answers known; @1 is another such town."""
+    prompt = [user(row["prompt"])]
+    yield {"prompt": prompt, "completion": [assistant(row["completion"])]}
+    yield {"prompt": prompt, "chosen": [assistant(row["chosen"])], "rejected": [assistant(row["rejected"])]}
+
+
+def load_datasets(
+    dataset_names: str,
+    task: str,
+    *,
+    eval_dataset_names: str | None = None,
+    validation_split_percentage: float = 5.0,
+    max_eval_samples: int | None = None,
+    seed: int = 42,
+    max_bad_percentage: float = 5.0,
+) -> tuple["datasets.Dataset", dict[str, "datasets.Dataset"], dict]:  # noqa: F821 (imported where it is needed)
+    """(train, {name: evaluation rows}, report) of `--dataset_names`, for "sft", "preference" or "prompt".
+
+    Columns, each a list of {"role", "content"}: sft has prompt and completion; preference has prompt, chosen, rejected
+    (and a number `margin` when every set has it); prompt has prompt and the data's own answer as the text `reference`.
+    A text column `dataset` names the source. The report is JSON-able; `describe` makes a table of it.
+    """
+    if not 0 <= validation_split_percentage < 100:
+        raise UserError(f"--validation_split_percentage is {validation_split_percentage:g}; give 0 or more, below 100")
+    origins = {}
+    train, skipped = resolve(dataset_names, task, origins)
+    evaluate, more = resolve(eval_dataset_names, task, origins) if eval_dataset_names else (None, [])
+    rows, evals, report = mix(
+        train,
+        evaluate,
+        task,
+        percentage=validation_split_percentage,
+        max_eval_samples=max_eval_samples,
+        seed=seed,
+        max_bad_percentage=max_bad_percentage,
+    )
+    report["notes"] = skipped + [line for line in more if line not in skipped]
+    for label, entry in report["evaluation"].items():
+        if not entry["kept"]:
+            report["notes"].append(
+                f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
+            )
+    return rows, evals, report
+
+
+def resolve(names: str, task: str, origins: dict[str, str]) -> tuple[list[tuple[Source, Name]], list[str]]:
+    """The sources that serve the task with what is wanted of them, and a line for each name that does not.
+
+    `origins` keeps the labels apart: two files of one name get two labels, one file named twice a single one.
+    """
+    usable, skipped = {}, []
+    for name in parse_names(names):
+        source = source_of(name)
+        label, number = source.label, 1
+        while origins.setdefault(label, source.origin) != source.origin:
+            number += 1
+            label = f"{source.label}_{number}"
+        if kind_for(task, source.kinds) is None:
+            tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
+            skipped.append(f"{name.name} serves {tasks}, not {task}: skipped")
+        elif label in usable:
+            raise UserError(
+                f"{name.name} is named twice\nname a dataset once; :0.5 or #5000 says how much of it to take"
+            )
+        else:
+            usable[label] = dataclasses.replace(source, label=label), name
+    if not usable:
+        able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
+        raise UserError(f"{skipped[0].removesuffix(': skipped')}\nfor {task} use one of {able}")
+    return list(usable.values()), skipped
+
+
+def source_of(name: Name) -> Source:
+    """The source behind a name: a registered dataset, a file or folder, or a hub id."""
+    if name.name in DATASETS:
+        return registered(DATASETS[name.name], name.subset)
+    path = Path(name.name).expanduser()
+    if os.path.exists(path):
+        return local(path, name.subset)
+    if path.suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~")):
+        raise UserError(f"{name.name}: there is no such file or folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name.name):
+        return from_hub(name.name, name.subset)
+    near = difflib.get_close_matches(name.name, DATASETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(
+        f"unknown dataset {name.name!r}\n{hint}known are {', '.join(DATASETS)}\n"
+        "or give a file (path/to/rows.jsonl), a folder, or a hub id (owner/name)"
+    )
+
+
+def export(train, evals: dict, folder: Path):
+    """Writes train.jsonl, and test.jsonl with all evaluation rows, which `load_dataset(folder)` reads back."""
+    from datasets import concatenate_datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sides = {"train": train} | ({"test": concatenate_datasets(list(evals.values()))} if evals else {})
+    for side, rows in sides.items():
+        rows.to_json(folder / f"{side}.unfinished", force_ascii=False)
+    for side in sides:
+        (folder / f"{side}.unfinished").replace(folder / f"{side}.jsonl")
+
+
+def listing() -> str:
+    """The registered datasets: name, tasks, description and where from."""
+    lines = []
+    for name, entry in DATASETS.items():
+        tasks = " ".join(task for task in SERVES if kind_for(task, kinds_of(entry.convert)))
+        source = entry.path if isinstance(entry.path, str) else "made here"
+        lines.append(f"{name:<16}{tasks:<24}{source}\n    {inspect.getdoc(entry.convert)}")
+    return "\n".join(lines)
+
+
+def preview(rows, count: int) -> str:
+    """The first rows as roles and texts."""
+    texts = []
+    for row in rows.select(range(min(count, len(rows)))):
+        texts.append(f"--- {row['dataset']}")
+        for column in (column for column in row if column != "dataset"):
+            value = row[column]
+            turns = value if isinstance(value, list) else [{"role": "", "content": str(value)}]
+            texts += [f"{column} {turn['role']}: {turn['content']}" for turn in turns]
+    return "\n".join(texts)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="list the datasets that have a short name")
+    parser.add_argument("--dataset_names", help="uc, hh@helpful-base, uc:0.1, ufb#20000, file.jsonl.gz, owner/name")
+    parser.add_argument("--eval_dataset_names", help="evaluate on these instead of on each set's own test rows")
+    parser.add_argument("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
+    parser.add_argument("--count", action="store_true", help="print rows read, kept and dropped (the default)")
+    parser.add_argument("--preview", type=int, default=0, metavar="N", help="print the first N rows")
+    parser.add_argument("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the rows in it")
+    parser.add_argument("--validation_split_percentage", type=float, default=5.0, help="prompts held out (5)")
+    parser.add_argument("--max_eval_samples", type=int, help="at most so many evaluation rows of a dataset")
+    parser.add_argument(
+        "--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="decides sampling and order (42)")
+    return parser
+
+
+def main(args):
+    if args.list or not args.dataset_names:
+        print(listing())
+        return
+    if args.output_dir and not args.overwrite_output_dir and any(args.output_dir.glob("*.jsonl")):
+        raise UserError(
+            f"{args.output_dir} has data in it already\nname another folder, or add --overwrite_output_dir"
+        )
+    train, evals, report = load_datasets(
+        args.dataset_names,
+        args.task,
+        eval_dataset_names=args.eval_dataset_names,
+        validation_split_percentage=args.validation_split_percentage,
+        max_eval_samples=args.max_eval_samples,
+        seed=args.seed,
+        max_bad_percentage=args.max_bad_percentage,
+    )
+    print(describe(report))
+    if args.preview:
+        print(preview(train, args.preview))
+    if args.output_dir:
+        export(train, evals, args.output_dir)
+        print(f"wrote {args.output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(make_parser().parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

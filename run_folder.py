@@ -1,0 +1,137 @@
+"""The output folder of a training run: when one may be used, and what a run leaves in it beside the model.
+
+`training_log.jsonl` (each logged step), `learning_curves.png`, `run.json` (arguments, versions, data, parent, metrics).
+Nothing in a folder is ever deleted.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from command_line import settings
+from modeling import resolve_adapters
+from user_error import UserError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def find_resume(training_args, overwrite: bool) -> str | None:
+    """The checkpoint to continue from, or None to start anew.
+
+    An interrupted run (checkpoints, no final `run.json`) is continued by itself. `--resume_from_checkpoint` names a
+    checkpoint, or `true` for the last one.
+
+    Raises:
+        UserError: if the folder holds something else and `--overwrite_output_dir` was not given.
+    """
+    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    complete = [c for c in folder.glob("checkpoint-*") if is_complete(c)]
+    last = str(max(complete, key=lambda c: int(c.name.split("-")[1]))) if complete else None
+    if asked and asked.lower() not in ("true", "false"):
+        if not is_complete(Path(asked)):
+            raise UserError(f"--resume_from_checkpoint {asked}: no complete checkpoint there")
+        checkpoint = asked
+    elif asked and asked.lower() == "true":
+        if last is None:
+            print(f"no complete checkpoint in {folder} yet: starting from step 0")
+        checkpoint = last
+    elif overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        checkpoint = None
+    elif last is not None and not (folder / "run.json").exists():
+        print(f"{folder} holds an interrupted run: continuing from {Path(last).name}")
+        checkpoint = last
+    else:
+        raise UserError(
+            f"{folder} is not empty: choose another --output_dir, or add --overwrite_output_dir to train into it anew"
+        )
+    if checkpoint:
+        training_args.eval_on_start = False
+    return checkpoint
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether training can continue from it exactly: transformers would resume without an optimizer state, wrongly."""
+    if not (checkpoint / "trainer_state.json").exists():  # written last
+        return False
+    sharded = (checkpoint / "latest").exists() or list(checkpoint.glob("optimizer_*"))  # DeepSpeed, FSDP
+    single = all((checkpoint / name).exists() for name in ("optimizer.pt", "scheduler.pt"))
+    return bool((sharded or single) and list(checkpoint.glob("rng_state*.pth")))
+
+
+def plan(trainer, data) -> str:
+    """What a run is about to do, in two lines."""
+    args, counts = trainer.args, data["tokenized"]
+    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
+    return (
+        f"train: {counts['kept']} rows, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
+        f"plan: {epochs} of {batch} rows a step, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}"
+    )
+
+
+def model_card(name: str, run: dict, dataset_names: str) -> str:
+    """A README.md for the folder: what the hub shows of it."""
+    metrics = "\n".join(
+        f"| {key} | {run['metrics']['first'][key]:.4g} | {value:.4g} |"
+        for key, value in run["metrics"]["last"].items()
+        if key.startswith("eval_") and isinstance(value, float) and not key.endswith(("runtime", "per_second"))
+    )
+    return f"""---
+base_model: {run["base_model"]}
+library_name: peft
+tags: [trl, {run["script"].removesuffix(".py")}]
+---
+
+# {name}
+
+Made by `{run["script"]}` from `{run["parent"]}` on `{dataset_names}`; `run.json` has all arguments, versions and data.
+
+| held-out metric | first | last |
+|---|---|---|
+{metrics}
+"""
+
+
+def finish(trainer, arguments, data, then: list[str]) -> None:
+    """Model card and `run.json` (its presence says that the run is complete), the hub if asked for, and what to type next.
+
+    Args:
+        arguments: the script's dataclasses.
+        data: the report of what was trained on.
+        then: arguments of `accelerate launch` for the next stage, or whole commands that start with `python`.
+    """
+    script_args, training_args, model_args = arguments
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(training_args.output_dir)
+    first, last = {}, {}
+    for entry in trainer.state.log_history:
+        for key, value in entry.items():
+            first.setdefault(key, value)
+            last[key] = value
+    base, _ = resolve_adapters(model_args.model_name_or_path)
+    run = {
+        "script": Path(sys.argv[0]).name,
+        "arguments": {k: v for parsed in arguments for k, v in settings(parsed).items()},
+        "parent": model_args.model_name_or_path,
+        "base_model": base,
+        "data": data,
+        "metrics": {"first": first, "last": last},
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    path = folder / "run.json"
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(run, indent=2, default=str) + "\n")
+    unfinished.replace(path)
+    (folder / "README.md").write_text(model_card(folder.name, run, script_args.dataset_names))
+    for key in (key for key in first if key.startswith("eval_") and key.endswith(("loss", "accuracy", "margins"))):
+        print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}")
+    print(f"saved in {folder}; next:")
+    for command in then:
+        print(f"  {command}" if command.startswith("python") else f"  accelerate launch {command}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()

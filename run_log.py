@@ -1,0 +1,131 @@
+"""What a run shows while it works and leaves to look at: a progress bar, `training_log.jsonl`, `learning_curves.png`."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+# What a reader wants to see of a stage, in this order: curves are drawn of all that a log has, the bar shows the first ones.
+CURVES = [
+    "loss", "mean_token_accuracy", "accuracy", "margin", "rewards/accuracies", "rewards/margins",
+    "objective/scores", "objective/kl", "val/mean_length", "loss/policy_avg", "loss/value_avg",
+]  # fmt: skip
+
+
+class RunLog(TrainerCallback):
+    """Writes each log entry to `training_log.jsonl` and draws the curves when training ends."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.path = Path(args.output_dir) / "training_log.jsonl"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [e for e in read_log(self.path) if e["step"] <= state.global_step] if state.global_step else []
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and hasattr(self, "path"):
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_curves(self.path, self.path.with_name("learning_curves.png"))
+
+
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+class Progress(TrainerCallback):
+    """A bar with the figures that matter, and one line an evaluation, in place of transformers' printed dicts."""
+
+    def __init__(self):
+        self.bar = self.evaluation = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.bar is not None:
+            self.evaluation = self.evaluation or tqdm(
+                total=len(eval_dataloader), desc="evaluate", leave=False, dynamic_ncols=True
+            )
+            self.evaluation.update()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.evaluation is not None:
+            self.evaluation.close()
+        self.evaluation = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None:
+            return
+        named = {key: value for key, value in (logs or {}).items() if isinstance(value, float)}
+        shown = {}
+        for name in CURVES:
+            for key, value in named.items():
+                if key == name or key.startswith("eval_") and key.endswith("_" + name.removeprefix("objective/")):
+                    shown.setdefault(key, f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}")
+        shown = list(shown.values())
+        if any(key.startswith("eval_") for key in named):
+            self.bar.write(f"step {state.global_step}, held out: {', '.join(shown[:4])}")
+        elif shown:
+            self.bar.set_postfix_str(", ".join(shown[:3]))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+
+def watch(trainer) -> None:
+    """Give a trainer the log, the curves and the bar of this module."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunLog())
+    trainer.add_callback(Progress())
+
+
+def draw_curves(log_path, picture_path) -> None:
+    """The curves of a training_log.jsonl as a picture: training as a line, evaluation as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    log = read_log(log_path)
+
+    def points(suffix, evaluation):
+        return {
+            key: [(entry["step"], entry[key]) for entry in log if key in entry]
+            for key in dict.fromkeys(key for entry in log for key in entry)
+            if key.startswith("eval_") == evaluation and (key == suffix or key.endswith(f"_{suffix}"))
+        }
+
+    shown = [name for name in CURVES if points(name, False) or points(name, True)]
+    if not shown:
+        return
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes.flat, shown, strict=False):
+        for key, line in points(name, False).items():
+            axis.plot(*zip(*line, strict=True), label="train" if key == name else key)
+        for key, dots in points(name, True).items():
+            axis.plot(*zip(*dots, strict=True), "o--", markersize=4, label=key.removesuffix(f"_{name}"))
+        axis.set_title(name)
+        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize="small")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    figure.savefig(picture_path, dpi=110)
+    pyplot.close(figure)
+
+

@@ -1,0 +1,92 @@
+"""Supervised fine-tuning: teach a base model to answer, by showing it answers.
+
+    accelerate launch sft_training.py --model_name_or_path=gpt2-medium --output_dir=saved/gpt2_medium_uc_sft --dataset_names=uc
+    accelerate launch sft_training.py --config configs/sft.yaml
+    accelerate launch sft_training.py --config configs/sft.yaml --no_use_peft --learning_rate 2e-5
+
+Reads demonstrations (`prompt`, `completion`; see prepare_data.py --list) and writes a LoRA adapter with tokenizer and chat
+template: the policy that reward_modeling.py, dpo_training.py and ppo_training.py start from. The loss lies on the
+assistant's turns of the completion, each with its EOS.
+
+Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while `loss` falls, stop earlier.
+"""
+
+from functools import partial
+
+from command_line import ModelArguments, ScriptArguments, StageParser, run
+from modeling import fit_length, load_policy, load_tokenizer
+from named_evaluation import NamedEvaluation
+from prepare_data import describe, load_datasets
+from rendering import encode_demonstration, tokenize
+from run_folder import find_resume, finish, plan
+from run_log import watch
+from user_error import UserError
+
+from accelerate import PartialState
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+
+class CheckedSFTTrainer(NamedEvaluation, SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def main(script_args, training_args, model_args):
+    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    if training_args.packing and "flash" not in (model_args.attn_implementation or ""):
+        raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    train, evals, data = load_datasets(
+        script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
+    )
+    PartialState().print(describe(data))
+    set_seed(training_args.seed)
+    policy, peft_config = load_policy(model_args, tokenizer)
+    training_args.max_length = fit_length(training_args.max_length, policy)
+
+    encode = partial(
+        tokenize,
+        encode=encode_demonstration,
+        tokenizer=tokenizer,
+        num_proc=training_args.dataset_num_proc,
+        max_length=training_args.max_length,
+        max_prompt_length=script_args.max_prompt_length,
+    )
+    train, data["tokenized"] = encode(train, name="train")
+    evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
+
+    trainer = CheckedSFTTrainer(
+        model=policy,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=evals,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    watch(trainer)
+    PartialState().print(plan(trainer, data))
+    if script_args.dry_run:
+        return
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    folder = training_args.output_dir
+    finish(
+        trainer,
+        (script_args, training_args, model_args),
+        data,
+        then=[
+            f"reward_modeling.py --model_name_or_path={folder} --output_dir={folder}_reward --dataset_names=ufb",
+            f"dpo_training.py --model_name_or_path={folder} --output_dir={folder}_dpo --dataset_names=ufb",
+        ],
+    )
+
+
+def make_parser():
+    return StageParser((ScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
+
+
+if __name__ == "__main__":
+    run(main, make_parser)

@@ -1,0 +1,111 @@
+"""What each training script leaves behind and refuses: `pytest tests/test_training_scripts.py`.
+
+The runs themselves are in conftest.py's `saved`: SFT, reward model, DPO and PPO on a random GPT-2 of two layers.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import dpo_training
+from run_folder import find_resume
+from sft_training import CheckedSFTTrainer
+from user_error import UserError
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import load_file
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_a_run_leaves_one_adapter_and_its_record(saved, base, data, stage):
+    folder = Path(saved[stage])
+    for name in ("adapter_model.safetensors", "chat_template.jinja", "learning_curves.png", "README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    assert not (folder / "ref").exists()
+    run = json.loads((folder / "run.json").read_text())
+    assert run["base_model"] == base and run["arguments"]["dataset_names"] == data
+    assert run["parent"] == (base if stage == "sft" else saved["sft"])
+    assert run["data"]["tokenized"]["kept"] > 0 and run["versions"]["trl"]
+    assert any(key.startswith("eval_pairs_") for entry in log(folder) for key in entry)
+
+
+def test_each_stage_changes_the_weights_it_started_from(saved):
+    adapters = {stage: load_file(Path(folder) / "adapter_model.safetensors") for stage, folder in saved.items()}
+    for stage in ("reward", "dpo", "ppo"):
+        shared = [key for key in adapters["sft"] if key in adapters[stage]]
+        assert len(shared) == len(adapters["sft"])
+        assert any(not torch.equal(adapters["sft"][key], adapters[stage][key]) for key in shared)
+
+
+def test_the_first_dpo_loss_is_ln_2_and_its_margin_0(saved):
+    first = next(entry for entry in log(saved["dpo"]) if "eval_pairs_loss" in entry)
+    assert first["step"] == 0 and abs(first["eval_pairs_loss"] - math.log(2)) < 1e-5
+    assert abs(first["eval_pairs_rewards/margins"]) < 1e-6
+
+
+def test_a_dpo_run_whose_reference_is_another_model_stops(saved, data, tmp_path, monkeypatch):
+    """As when the reference is the raw base although the policy holds SFT: the mistake that ends well elsewhere."""
+    init = dpo_training.CheckedDPOTrainer.__init__
+
+    def spoiled(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if ".ref." in name:
+                parameter.data.zero_()
+
+    monkeypatch.setattr(dpo_training.CheckedDPOTrainer, "__init__", spoiled)
+    with pytest.raises(AssertionError, match="policy and reference differ"):
+        run_script("dpo_training", model_name_or_path=saved["sft"], dataset_names=data, output_dir=tmp_path / "dpo")
+
+
+def test_a_batch_without_a_label_stops_the_run():
+    with pytest.raises(AssertionError, match="without a single label"):
+        CheckedSFTTrainer.compute_loss(None, None, {"labels": torch.full((2, 3), -100)})
+
+
+def test_a_finished_folder_is_not_trained_into_again(saved, base, data):
+    before = (Path(saved["sft"]) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--overwrite_output_dir"):
+        run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=saved["sft"])
+    assert (Path(saved["sft"]) / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, tmp_path):
+    flags = {"model_name_or_path": base, "dataset_names": data, "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2}
+    whole = run_script("sft_training", output_dir=tmp_path / "whole", **flags)
+    again = tmp_path / "again"
+    run_script("sft_training", output_dir=again, **flags)
+    for name in ("run.json", "adapter_model.safetensors"):
+        (again / name).unlink()
+    for file in (again / "checkpoint-4").iterdir():
+        file.unlink()
+    (again / "checkpoint-4").rmdir()
+    run_script("sft_training", output_dir=again, **flags)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (again, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert [entry["step"] for entry in log(again) if "loss" in entry] == [1, 2, 3, 4]
+
+
+class Arguments:
+    resume_from_checkpoint, eval_on_start = None, True
+
+    def __init__(self, output_dir):
+        self.output_dir = str(output_dir)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
+    """transformers would resume it with exit code 0 and wrong weights."""
+    for step, files in ((10, ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")), (9, ()), (20, ())):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for file in files:
+            (tmp_path / f"checkpoint-{step}" / file).touch()
+    assert find_resume(Arguments(tmp_path), overwrite=False).endswith("checkpoint-10")
+    (tmp_path / "checkpoint-10" / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match="not empty"):
+        find_resume(Arguments(tmp_path), overwrite=False)
