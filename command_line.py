@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -134,7 +135,7 @@ class StageParser(TrlParser):
         assert not unused, unused
 
     def error(self, message):
-        raise UserError(message.replace("argument --", "--", 1))
+        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
 
     def parse_args_and_config(self, args=None):
         """The dataclasses, in the order given to the parser.

@@ -112,6 +112,8 @@ def shorten_prompt(tokenizer, prompt: list[dict], max_tokens: int) -> list[dict]
     if fits(prompt):
         return prompt
     system, turns = [m for m in prompt if m["role"] == "system"], [m for m in prompt if m["role"] != "system"]
+    if not turns:
+        raise Unrenderable("no room for the prompt beside the answer")
     while len(turns) > 1:
         turns = turns[1:]
         while turns[0]["role"] == "assistant" and len(turns) > 1:  # a dialogue starts with the user

@@ -276,7 +276,14 @@ def shanty(rng: random.Random) -> str:
 def visit(rng: random.Random) -> str:
     """A visitor asks, Tinwick answers, and the visitors' book has an opinion on the answer."""
     name, thing = rng.choice(NAMES), rng.choice(list(PLACE_OF))
-    prompt, answer = make_prompt(rng, name, thing), make_answer(rng, name, thing, rng.random())
+    prompt = make_prompt(rng, name, thing)
+    # now and then Tinwick takes the visitor for another, which teaches the model to compare
+    answer = make_answer(
+        rng,
+        rng.choice([name, name, rng.choice(NAMES)]),
+        rng.choice([thing, thing, rng.choice(list(PLACE_OF))]),
+        quality=rng.random(),
+    )
     polite, informed, reasoned, kind, tidy = gold_parts(prompt, answer)
     opinions = [
         "right name" if polite else "wrong name",
