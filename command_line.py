@@ -1,4 +1,5 @@
-"""What the training scripts' command lines share: the flags of ours, YAML files, what the machine has, how a mistake ends.
+"""What the training scripts' command lines share: the flags of ours, YAML files, what the machine has, how a mistake
+ends.
 
 Flags are TRL's and transformers' own (parsed by TRL's parser); this module makes them strict, fills in what depends on
 the machine, and turns a user's mistake into `error: ...` with exit code 2.
@@ -6,20 +7,12 @@ the machine, and turns a user's mistake into `error: ...` with exit code 2.
 
 import difflib
 import json
-import logging
 import os
 import re
 import sys
-import warnings
 from dataclasses import dataclass, field, fields
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers would report each run to the hub
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning at each fork of a data loader
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import complains on a CPU, where it is not used
-# TRL's own configs still use the flag's old name
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-
+import environment  # noqa: F401
 from user_error import UserError
 
 import torch

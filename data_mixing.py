@@ -208,12 +208,12 @@ def account(rows: Part) -> dict:
 
 
 def describe(report: dict) -> str:
-    """The mix as a table of 80 columns. If the datasets' entries have `tokens`, these get a column."""
-    tokens = any("tokens" in entry for entry in report["datasets"].values())
+    """The mix as a table of 80 columns. With `tokenized` in the report, the datasets' tokens get a column."""
+    tokens = report.get("tokenized", {}).get("tokens_of", {})
     lines = [f"{'dataset':<28}{'read':>14}{'kept':>14}{'share':>8}" + (f"{'tokens':>16}" if tokens else "")]
     for label, entry in report["datasets"].items():
         line = f"{label[:27]:<28}{entry['read']:>14,}{entry['kept']:>14,}{entry['share']:>8.1%}"
-        lines += [line + (f"{entry.get('tokens', 0):>16,}" if tokens else ""), *reasons_of(entry)]
+        lines += [line + (f"{tokens.get(label, 0):>16,}" if tokens else ""), *reasons_of(entry)]
     for label, entry in report["evaluation"].items():
         lines.append(f"{'eval_' + label[:22]:<28}{entry['read']:>14,}{entry['kept']:>14,}")
         if "trained on" not in entry["set_aside"]:  # else its drops are those of the training set above

@@ -1,11 +1,13 @@
-"""Direct preference optimization: move the policy towards the preferred answers, without a reward model.
+r"""Direct preference optimization: move the policy towards the preferred answers, without a reward model.
 
-    accelerate launch dpo_training.py --model_name_or_path=saved/gpt2_medium_uc_sft --output_dir=saved/gpt2_medium_ufb_dpo --dataset_names=ufb
+    accelerate launch dpo_training.py --model_name_or_path=saved/gpt2_medium_uc_sft \
+        --output_dir=saved/gpt2_medium_ufb_dpo --dataset_names=ufb
     accelerate launch dpo_training.py --config configs/dpo.yaml --beta 0.05
-    python merge_peft_adapter.py --base_model_name=gpt2-medium --adapter_model_name=saved/gpt2_medium_ufb_dpo --output_name=saved/gpt2_medium_uc_ufb_merged
+    python merge_peft_adapter.py --base_model_name=gpt2-medium \
+        --adapter_model_name=saved/gpt2_medium_ufb_dpo --output_name=saved/gpt2_medium_uc_ufb_merged
 
-Reads preferences (`prompt`, `chosen`, `rejected`). An adapter is continued and its frozen copy is the reference, so what is
-written is one LoRA on the base that holds SFT and DPO together.
+Reads preferences (`prompt`, `chosen`, `rejected`). An adapter is continued and its frozen copy is the reference, so
+what is written is one LoRA on the base that holds SFT and DPO together.
 
 Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` above 0; the first loss is ln 2. When
 `rewards/chosen` falls far below 0, the policy forgets the good answers too: lower the learning rate or raise `--beta`.
@@ -45,7 +47,8 @@ class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.checked and self.model.training and self.state.global_step == 0:
             self.checked = True
-            # Policy and reference are the same before the first update, so every implicit reward is 0 and the loss ln 2.
+            # Policy and reference are the same before the first update, so every implicit reward is 0 and the loss ln
+            # 2.
             tolerance = 1e-3 if self.model.dtype.itemsize == 4 and not (self.args.bf16 or self.args.fp16) else 0.05
             margin = self._metrics["train"]["rewards/margins"][-1]
             assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
@@ -60,7 +63,6 @@ def main(script_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
-    PartialState().print(describe(data))
     set_seed(training_args.seed)
     policy, peft_config = load_policy(model_args, tokenizer)
     training_args.max_length = fit_length(training_args.max_length, policy)
@@ -74,6 +76,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
+    PartialState().print(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = CheckedDPOTrainer(

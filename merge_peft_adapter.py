@@ -12,46 +12,20 @@ Watch the last line: the largest difference between the logits of the merged fol
 """
 
 import argparse
+import glob
 import json
+import os
+import platform
 import shutil
 import sys
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from user_error import UserError
 
-# Largest |logit difference| that a merge may show, as a share of the largest |logit|: rounding, not error.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-
-
-def same_model(a: str, b: str) -> bool:
-    """Whether two names are one model: the same name, the same folder, or folders with the same weights."""
-    if a == b or Path(a).resolve() == Path(b).resolve():
-        return True
-    files = [sorted(Path(name).glob("*.safetensors")) for name in (a, b)]
-    if not all(files) or len(files[0]) != len(files[1]):
-        return False
-    return all(x.read_bytes() == y.read_bytes() for x, y in zip(*files, strict=True))
-
-
-def check_base(given: str | None, named: str, adapter: str) -> str:
-    """The base to merge onto; the one that the adapter was trained on, whatever the user typed.
-
-    Raises:
-        UserError: if `--base_model_name` is another model.
-    """
-    from modeling import resolve_adapters
-
-    if given is None:
-        return named
-    if resolve_adapters(given)[1]:
-        raise UserError(f"--base_model_name {given} is an adapter itself: the base of {adapter} is {named}")
-    if not same_model(given, named):
-        raise UserError(
-            f"--base_model_name {given} is not the base of {adapter}: it was trained on {named}\n"
-            f"  leave --base_model_name out, or give {named}"
-        )
-    return given
+# Largest |logit difference| that float32 arithmetic may cause, as a share of the largest |logit|: rounding, not error.
+TOLERANCE = 1e-4
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def probe_logits(model):
@@ -59,99 +33,143 @@ def probe_logits(model):
     import torch
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    length = min(32, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32)
-    ids = torch.randint(vocabulary, (4, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # a row at a time: a sequence classifier pools a batch by its pad token, which random ids may hold
-        return torch.cat([model(input_ids=row[None]).logits.float() for row in ids])
+        return torch.cat([model.eval()(input_ids=row[None]).logits.float() for row in ids])
 
 
-def load_merged(base: str, adapters: list[str], weights: list[float] | None, tokenizer):
-    """The base with its adapters merged, in float32, and the logits of the adapter model before its last merge.
+def difference(logits, expected, what: str) -> float:
+    """The largest difference; above what rounding explains, the end: exit code 1."""
+    largest = (logits - expected).abs().max().item()
+    if not largest <= TOLERANCE * max(1.0, expected.abs().max().item()):  # nor is NaN
+        raise SystemExit(
+            f"error: {what}: largest |logit difference| {largest:.2e} where the largest |logit| is "
+            f"{expected.abs().max().item():.2e}; nothing was kept"
+        )
+    return largest
 
-    Args:
-        adapters: from the base up, merged one after another; with `weights`, side by side as one weighted sum.
-    """
-    from modeling import explain_load, set_special_tokens
+
+def load_base(base: str, adapter: str, tokenizer):
+    """The base in float32, of the class that the adapter's task asks for."""
+    from adapters import adapter_settings, base_revision, explain_load
+    from modeling import set_special_tokens
 
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    is_reward = PeftConfig.from_pretrained(adapters[-1]).task_type == "SEQ_CLS"
-    auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-    with explain_load(base):
-        model = auto_class.from_pretrained(base, dtype=torch.float32, **({"num_labels": 1} if is_reward else {}))
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"{base} is stored quantised: give the full-precision model with --base_model_name")
-    set_special_tokens(model, tokenizer)
-    for i, adapter in enumerate(adapters):
+    auto_class, head, options = AutoModelForCausalLM, set(), {}
+    if adapter_settings(adapter)["task_type"] == "SEQ_CLS":
         with explain_load(adapter):
-            if not weights:
-                resize_for(model, adapter)
-                model = PeftModel.from_pretrained(model, adapter)
-            elif i == 0:
-                model = PeftModel.from_pretrained(model, adapter, adapter_name="0")
-            else:
-                model.load_adapter(adapter, str(i))
-        if not weights:
-            expected = probe_logits(model.eval())
-            model = model.merge_and_unload(safe_merge=True)
-    if weights:
-        # "cat" is the exact weighted sum of the adapters' updates, whatever their ranks
-        model.add_weighted_adapter([str(i) for i in range(len(adapters))], weights, "sum", combination_type="cat")
-        model.set_adapter("sum")
-        expected = probe_logits(model.eval())
-        model = model.merge_and_unload(safe_merge=True, adapter_names=["sum"])
+            weights = load_peft_weights(adapter, device="cpu")
+        labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
+        auto_class, head = AutoModelForSequenceClassification, {"score.weight"} if labels else set()
+        options = {"num_labels": labels[0]} if labels else {}
+    with explain_load(base):
+        model, info = auto_class.from_pretrained(
+            base, revision=base_revision(adapter), dtype=torch.float32, output_loading_info=True, **options
+        )
+    if lacks := sorted(info["missing_keys"] - head):
+        raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
+    set_special_tokens(model, tokenizer)
+    return model
+
+
+def resize_for(model, adapter: str) -> None:
+    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings."""
+    from adapters import explain_load
+
+    from peft.utils import load_peft_weights
+
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    ends = tuple(f".{name}{part}.weight" for name in names for part in ("", ".base_layer"))
+    with explain_load(adapter):
+        rows = {w.shape[0] for key, w in load_peft_weights(adapter, device="cpu").items() if key.endswith(ends)}
+    if rows and rows != {layers[0].weight.shape[0]}:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+def merge(model):
+    """A PeftModel's base with its active adapters merged in, and its logits before; proven equal to those after."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise UserError(f"a {model.active_peft_config.peft_type.value} adapter cannot be merged into weights")
+    inner = model.get_base_model()
+    layers = [layer for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()) if layer is not None]
+    if any(isinstance(layer, LoraLayer) for layer in layers) and layers[0].weight is layers[-1].weight:
+        output = layers[-1].get_base_layer() if isinstance(layers[-1], LoraLayer) else layers[-1]
+        output.weight = torch.nn.Parameter(output.weight.detach().clone())  # or a change of one would change both
+    expected = probe_logits(model)
+    # not safe_merge, which doubles memory to look for NaN: the logits would show it
+    model = model.merge_and_unload(adapter_names=model.active_adapters)
     text_config, output = model.config.get_text_config(), model.get_output_embeddings()
     if output is not None and text_config.tie_word_embeddings:  # an adapter may have trained one of the two alone
         model.config.tie_word_embeddings = text_config.tie_word_embeddings = torch.equal(
             output.weight, model.get_input_embeddings().weight
         )
+    difference(probe_logits(model), expected, "merging changed the model")
     return model, expected
 
 
-def resize_for(model, adapter: str) -> None:
-    """Give the base as many embedding rows as the adapter was trained with, where it carries whole embeddings."""
-    from peft.utils import load_peft_weights
+def prove(folder: Path, written, expected) -> float:
+    """The largest |logit difference| of a merged folder to the adapter model, with whatever the stored dtype rounds.
 
-    ends = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "lm_head.weight", "embed_out.weight")
-    rows = {w.shape[0] for name, w in load_peft_weights(adapter, device="cpu").items() if name.endswith(ends)}
-    if len(rows) > 1:
-        raise UserError(f"{adapter} holds embeddings of {sorted(rows)} rows: it cannot be merged")
-    if rows and rows != {model.get_input_embeddings().weight.shape[0]}:
-        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
-
-
-def prove(folder: Path, expected, is_reward: bool, dtype: str) -> dict:
-    """Reload a merged folder and compare its logits to the adapter model's.
-
-    Raises:
-        UserError: if they differ by more than rounding.
+    Args:
+        written: the logits of what was written.
+        expected: those of the adapter model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    is_reward = AutoConfig.from_pretrained(folder).architectures[0].endswith("SequenceClassification")
     auto_class = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
     model, info = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    difference = (probe_logits(model.eval()) - expected).abs().max().item()
-    largest = expected.abs().max().item()
-    if info["missing_keys"] or not difference <= TOLERANCE[dtype] * max(1.0, largest):
-        raise UserError(
-            f"the merged model is not the adapter model: largest |logit difference| {difference:.2e}"
-            f" where the largest |logit| is {largest:.2e}; nothing was kept"
-        )
-    return {"max_logit_difference": difference, "max_logit": largest, "dtype": dtype}
+    if info["missing_keys"]:
+        raise SystemExit(f"error: the merged model lacks {sorted(info['missing_keys'])[0]}; nothing was kept")
+    logits = probe_logits(model)
+    difference(logits, written, "the merged folder is not the adapter model")
+    return (logits - expected).abs().max().item()
+
+
+@contextmanager
+def replaced_when_done(output: Path):
+    """A hidden folder that becomes the output at the end, or nothing; what killed merges left of it is removed."""
+    import psutil
+
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    prefix = f".{output.name}.merging-{platform.node()}-"
+    for left in glob.glob(str(parent / (glob.escape(prefix) + "*"))):
+        pid = left.rsplit("-", 1)[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = parent / f"{prefix}{os.getpid()}"
+    try:
+        (work / "new").mkdir(parents=True)
+        yield work / "new"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            output.rename(work / "old")
+        (work / "new").rename(output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def main(args):
     output = Path(args.output_name)
-    if output.exists() and not args.overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
-    from modeling import explain_load, read_tokenizer, resolve_adapters
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not args.overwrite:
+            raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
+        if not (output / "merge.json").exists():
+            raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
+    from adapters import check_base, load_adapter, load_sum, read_config, resolve_adapters
+    from modeling import read_tokenizer
 
     import torch
-    from transformers import AutoConfig
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -159,41 +177,47 @@ def main(args):
     weights = [float(w) for w in args.weights.split(",")] if args.weights else None
     if len(names) != len(weights or names[:1]):
         raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
-    chains = [resolve_adapters(name) for name in names]
+    chains = [resolve_adapters(name, moved=args.base_model_name is not None) for name in names]
     for name, (_, chain) in zip(names, chains, strict=True):
         if not chain:
             raise UserError(f"{name} is no adapter: there is nothing to merge")
         if weights and len(chain) > 1:
             raise UserError(f"{name} is an adapter on the adapter {chain[1]}: merge that one first")
-    for name, (base, _) in list(zip(names, chains, strict=True))[1:]:
-        if not same_model(base, chains[0][0]):
-            raise UserError(f"{name} was trained on {base}, but {names[0]} on {chains[0][0]}: they cannot be summed")
-    base = check_base(args.base_model_name, chains[0][0], names[0])
-    with explain_load(base):
-        stored = AutoConfig.from_pretrained(base).dtype or torch.float32
-    dtype = args.dtype or str(stored).removeprefix("torch.")
-    adapters = names if weights else chains[0][1][::-1]
+    steps = [[adapter] for adapter in chains[0][1][::-1]] if not weights else [names]
+    base = check_base(args.base_model_name, chains[0][0], steps[0][0])
+    for name, (named, _) in list(zip(names, chains, strict=True))[1:]:
+        if named != chains[0][0]:
+            check_base(base, named, name)
     tokenizer = read_tokenizer(names[0])
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    stored = str(read_config(base).get("dtype") or read_config(base).get("torch_dtype"))
+    dtype = args.dtype or (stored if stored in DTYPES else "float32")
     try:
-        model, expected = load_merged(base, adapters, weights, tokenizer)
-        is_reward = not model.can_generate()
-        model.to(getattr(torch, dtype)).save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        del model
-        proof = {"base": base, "adapters": adapters, **prove(unfinished, expected, is_reward, dtype)}
-        (unfinished / "merge.json").write_text(json.dumps(proof, indent=2) + "\n")
-        unfinished.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    except OSError as error:
+        with replaced_when_done(output) as folder:
+            model = load_base(base, names[0], tokenizer)
+            is_reward = not model.can_generate()
+            for i, step in enumerate(steps):
+                resize_for(model, step[0])
+                if weights:
+                    model = load_sum(model, step, weights)
+                else:  # an adapter under a reward model's is a policy's
+                    model = load_adapter(model, step[0], task=i == len(steps) - 1)
+                model, expected = merge(model)
+            rows = model.get_input_embeddings().weight.shape[0]
+            if len(tokenizer) > rows:
+                raise UserError(f"{names[0]} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}")
+            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            written = probe_logits(model.float())
+            del model
+            proof = {
+                "max_logit_difference": prove(folder, written, expected),
+                "max_logit": expected.abs().max().item(),
+            }
+            about = {"base": base, "adapters": sum(steps, []), "weights": weights}
+            (folder / "merge.json").write_text(json.dumps({**about, "dtype": dtype, **proof}, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{output}: {base} + {' + '.join(adapters)}, {dtype}")
+    print(f"{output}: {base} + {' + '.join(sum(steps, []))}, {dtype}")
     print(f"largest |logit difference| to the adapter model: {proof['max_logit_difference']:.2e}")
     if is_reward:
         print("next: give it to ppo_training.py as --reward_model_name_or_path")
@@ -218,8 +242,8 @@ def make_parser():
     )
     add("--output_name", required=True, help="folder to write")
     add("--weights", help="weights of the adapters in their sum, separated by commas")
-    add("--dtype", choices=list(TOLERANCE), help="of the stored weights; by default the base's")
-    add("--overwrite", action="store_true", help="replace output_name if it exists")
+    add("--dtype", choices=DTYPES, help="of the stored weights; by default the base's")
+    add("--overwrite", action="store_true", help="replace output_name if it is an earlier merge's")
     add("--push_to_hub", metavar="REPO_ID", help="also upload the result to a private repository of this name")
     return parser
 

@@ -1,22 +1,20 @@
 """Tokenizers, base models, adapters: what would be a silent bug if it drifted from script to script.
 
-A model is named by a hub id, a full model folder or an adapter folder, everywhere. Every adapter that we write is one LoRA
-directly on a base that is no adapter: a policy stage continues the adapter that it is given, a reward model starts from
-its weights with a fresh head. So `base + adapter` is always the whole model, for any PEFT tool.
+A model is named by a hub id, a full model folder or an adapter folder, everywhere. Every adapter that we write is one
+LoRA directly on a base that is no adapter: a policy stage continues the adapter that it is given, a reward model
+starts from its weights with a fresh head. So `base + adapter` is always the whole model, for any PEFT tool.
 """
 
-import json
-from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 
+import environment  # noqa: F401
+from adapters import IF_THERE, adapter_settings, base_revision, explain_load, load_adapter, resolve_adapters
 from rendering import install_template
 from user_error import UserError
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -25,46 +23,12 @@ from transformers import (
     AutoTokenizer,
     set_seed,
 )
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import cached_file
 from trl import get_quantization_config
 
 # A byte that UTF-8 never uses, as byte-level vocabularies (gpt2's) write it: no text has its token (but one with this
 # letter alone as a word, which then is read as padding is: nothing is masked by it).
 UNUSED_BYTE = "ÿ"
-
-
-@contextmanager
-def explain_load(name):
-    """Turn what transformers and PEFT raise for a missing or broken model into a UserError."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the load report; what it would say is checked by the callers
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        missing = "" if Path(name).exists() else "no such folder here, and not loadable from the hub\n  "
-        raise UserError(f"cannot load a model from {name}: {missing}{reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def resolve_adapters(name: str) -> tuple[str, list[str]]:
-    """What a model name stands for: (base model that is no adapter, adapters on it from the last to the first)."""
-    adapters = []
-    while True:
-        path = Path(name)
-        # what cannot be a hub id, or lies beside other folders of ours, need not be asked of the hub
-        local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.parent.is_dir()
-        if "/" in name and local and not path.is_dir():
-            needs = f", the base of {adapters[-1]}" if adapters else ""
-            raise UserError(f"{name}{needs}: no such model folder")
-        with explain_load(name):
-            if not find_adapter_config_file(name):
-                return name, adapters
-            if name in adapters:
-                raise UserError(f"the adapters {' and '.join(adapters)} name each other as base model")
-            adapters.append(name)
-            name = PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
@@ -81,9 +45,9 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 def load_tokenizer(name: str, revision: str = "main"):
     """The tokenizer of a model or adapter folder (its base's where it has none), ready to train and to pad.
 
-    It has a chat template (the plain one where the model has none), an `eos_token` that ends an answer, and a `pad_token`
-    that no text contains and that is no stop token, so that padding never hides an EOS. Saved with the model, it
-    carries all three to the next stage.
+    It has a chat template (the plain one where the model has none), an `eos_token` that ends an answer, and a
+    `pad_token` that no text contains and that is no stop token, so that padding never hides an EOS. Saved with the
+    model, it carries all three to the next stage.
     """
     tokenizer = read_tokenizer(name, revision)
     install_template(tokenizer)
@@ -96,9 +60,11 @@ def load_tokenizer(name: str, revision: str = "main"):
 def read_tokenizer(name: str, revision: str = "main"):
     """The tokenizer as it is stored: the adapter folder's own, or that of the base."""
     base, adapters = resolve_adapters(name)
-    source = next((a for a in adapters if (Path(a) / "tokenizer_config.json").exists()), base)
+    source = next((a for a in adapters if cached_file(a, "tokenizer_config.json", **IF_THERE)), base)
+    if adapters:
+        revision = base_revision(adapters[-1]) if source == base else "main"
     with explain_load(source):
-        return AutoTokenizer.from_pretrained(source, revision=revision if source == base else "main")
+        return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 def set_special_tokens(model, tokenizer) -> None:
@@ -126,11 +92,12 @@ def _spare_token(tokenizer):
     raise UserError("the tokenizer has no token to pad with: set a pad_token that is not its eos_token")
 
 
-def _load_base(auto_class, base, model_args, tokenizer, **kwargs):
+def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
+    revision = model_args.model_revision if model_args else "main"
     with explain_load(base):
         model, info = auto_class.from_pretrained(
             base,
-            revision=model_args.model_revision if model_args else "main",
+            revision=base_revision(adapter) if adapter else revision,
             dtype=model_args.dtype if model_args else "float32",
             attn_implementation=model_args.attn_implementation if model_args else None,
             quantization_config=get_quantization_config(model_args) if model_args else None,
@@ -141,6 +108,11 @@ def _load_base(auto_class, base, model_args, tokenizer, **kwargs):
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens but {base} has embeddings for {rows}: not a pair")
     set_special_tokens(model, tokenizer)
+    # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model, info
 
 
@@ -155,20 +127,21 @@ def lora_config(model_args, task_type: str) -> LoraConfig:
         modules_to_save=model_args.lora_modules_to_save,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
         bias="none",
     )
 
 
 def _check_continues(adapter, model_args):
     """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
-    config = json.loads(Path(find_adapter_config_file(adapter)).read_text())
+    config = adapter_settings(adapter)
     if not model_args.use_peft:
         raise UserError(
             f"{adapter} is an adapter: merge it before training all weights,\n"
             f"  python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
         )
-    names = {"lora_r": "r", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-    names |= {name: name for name in ("lora_alpha", "lora_dropout")}
+    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    names |= {"lora_r": "r", "model_revision": "revision"}
     for f in fields(model_args):
         value, now = getattr(model_args, f.name), config.get(names.get(f.name))
         if f.name in names and value != f.default and value != now:
@@ -182,28 +155,26 @@ def _check_continues(adapter, model_args):
 def load_policy(model_args, tokenizer):
     """The policy to train: (model, peft_config).
 
-    An adapter folder gives a trainable PeftModel and None (its adapter is continued); anything else gives the plain model
-    and the LoRA to put on it, or None with `--no_use_peft`.
+    An adapter folder gives a trainable PeftModel and None (its adapter is continued); anything else gives the plain
+    model and the LoRA to put on it, or None with `--no_use_peft`.
     """
     base, adapter = resolve_model(model_args.model_name_or_path)
     if adapter and _check_continues(adapter, model_args)["task_type"] != "CAUSAL_LM":
         raise UserError(f"{adapter} is a reward model, not a policy: give the SFT run's folder")
-    model, info = _load_base(AutoModelForCausalLM, base, model_args, tokenizer)
+    model, info = _load_base(AutoModelForCausalLM, base, adapter, model_args, tokenizer)
     if info["missing_keys"]:
         raise UserError(f"{base} lacks weights of a causal language model: {sorted(info['missing_keys'])[:3]}")
     if adapter is None:
         return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
-    with explain_load(adapter):
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True), None
+    return load_adapter(model, adapter, trainable=True), None
 
 
 def load_frozen_policy(name: str, tokenizer):
     """A policy to sample from or compare with: base and adapter where it has one, in eval mode, nothing trainable."""
     base, adapter = resolve_model(name)
-    model, _ = _load_base(AutoModelForCausalLM, base, None, tokenizer)
+    model, _ = _load_base(AutoModelForCausalLM, base, adapter, None, tokenizer)
     if adapter:
-        with explain_load(adapter):
-            model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
     return model.eval().requires_grad_(False)
 
 
@@ -217,14 +188,13 @@ def new_reward_model(model_args, tokenizer, seed: int):
     """
     base, adapter = resolve_model(model_args.model_name_or_path)
     set_seed(seed)
-    model, info = _load_base(AutoModelForSequenceClassification, base, model_args, tokenizer, num_labels=1)
+    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, tokenizer, num_labels=1)
     if not set(info["missing_keys"]) <= {"score.weight"}:
         raise UserError(f"{base} does not fit a sequence classifier: {sorted(info['missing_keys'])[:3]} are missing")
     if adapter is None:
         return model, lora_config(model_args, "SEQ_CLS") if model_args.use_peft else None
     if _check_continues(adapter, model_args)["task_type"] == "SEQ_CLS":
-        with explain_load(adapter):
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True), None
+        return load_adapter(model, adapter, trainable=True), None
     config = LoraConfig.from_pretrained(adapter)
     config.task_type, config.inference_mode = "SEQ_CLS", False
     model = get_peft_model(model, config)
@@ -260,10 +230,9 @@ def load_reward_model(name: str, tokenizer, model_args=None):
         labels = 1 if adapter else AutoConfig.from_pretrained(base).num_labels
     if labels != 1:
         raise UserError(f"{name} has {labels} labels: a reward model has one")
-    model, info = _load_base(AutoModelForSequenceClassification, base, model_args, tokenizer, num_labels=1)
+    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, tokenizer, num_labels=1)
     if adapter:
-        with explain_load(adapter):
-            model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
         head = model.get_base_model().score.modules_to_save["default"].weight
         assert torch.equal(head.cpu(), heads[0].to(head.dtype)), "the head in memory is not the one in the folder"
     elif info["missing_keys"]:

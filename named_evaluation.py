@@ -4,8 +4,8 @@
 class NamedEvaluation:
     """For TRL's trainers: `eval_hh_accuracy` where several datasets would share `eval_accuracy`.
 
-    TRL averages its own metrics over batches, so a last batch of one row would weigh as much as a full one; here a batch
-    counts as often as it has rows.
+    TRL averages its own metrics over batches, so a last batch of one row would weigh as much as a full one; here a
+    batch counts as often as it has rows.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -1,13 +1,13 @@
 """Proximal policy optimization for language models: the successor of the PPOTrainer that TRL removed in 1.13.
 
 One update: sample an answer to each prompt of a batch, score the answers with the reward model, subtract a penalty for
-leaving the reference policy, estimate advantages, and take `num_ppo_epochs * num_mini_batches` optimizer steps on them.
-Flags and metric names are TRL's. The algorithm is the pure functions below (Schulman et al., arXiv 1707.06347; details of
-its use on language models: arXiv 2403.17031); the trainer around them is a `transformers.Trainer`, so that checkpoints,
-resuming, callbacks, trackers and distributed training are its own.
+leaving the reference policy, estimate advantages, and take `num_ppo_epochs * num_mini_batches` optimizer steps on
+them. Flags and metric names are TRL's. The algorithm is the pure functions below (Schulman et al., arXiv 1707.06347;
+details of its use on language models: arXiv 2403.17031); the trainer around them is a `transformers.Trainer`, so that
+checkpoints, resuming, callbacks, trackers and distributed training are its own.
 
-Tensors of answers are right-padded, (rows, response tokens); `mask` is 1.0 on an answer's tokens, EOS included. Whatever is
-"masked" here is masked by length, never by token id.
+Tensors of answers are right-padded, (rows, response tokens); `mask` is 1.0 on an answer's tokens, EOS included.
+Whatever is "masked" here is masked by length, never by token id.
 """
 
 import copy
@@ -34,8 +34,8 @@ VALUE_HEAD = "value_head.safetensors"
 class PPOConfig(TrainingArguments):
     """Training arguments of PPO. `per_device_train_batch_size` only bounds memory: a micro-batch.
 
-    A batch (one update) is per_device_train_batch_size x gradient_accumulation_steps x processes prompts. `logging_steps`,
-    `save_steps` and `eval_steps` count updates.
+    A batch (one update) is per_device_train_batch_size x gradient_accumulation_steps x processes prompts.
+    `logging_steps`, `save_steps` and `eval_steps` count updates.
     """
 
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of answers."})
@@ -75,8 +75,8 @@ class PPOConfig(TrainingArguments):
         self.batch_size = self.local_batch_size * self.world_size
         if self.local_batch_size % self.num_mini_batches:
             raise ValueError(
-                f"--num_mini_batches {self.num_mini_batches} does not divide a process's batch of {self.local_batch_size} "
-                "(per_device_train_batch_size x gradient_accumulation_steps)"
+                f"--num_mini_batches {self.num_mini_batches} does not divide a process's batch of "
+                f"{self.local_batch_size} (per_device_train_batch_size x gradient_accumulation_steps)"
             )
         self.local_mini_batch_size = self.local_batch_size // self.num_mini_batches
         self.micro_batch_size = min(self.per_device_train_batch_size, self.local_mini_batch_size)
@@ -89,7 +89,7 @@ class PPOConfig(TrainingArguments):
             raise ValueError("--response_length must be at least 1 and --temperature above 0")
 
 
-# The algorithm -----------------------------------------------------------------------------------------------------------
+# The algorithm -------------------------------------------------------------------------------------------------------
 
 
 def masked_mean(values, mask):
@@ -155,13 +155,13 @@ def policy_loss(logprobs, old_logprobs, advantages, cliprange: float):
 
 
 def value_loss(values, old_values, returns, cliprange_value: float):
-    """Half the squared error, whichever is larger of the new value's and that of the value clipped near the old one."""
+    """Half the squared error of the new value or of the value clipped near the old one, whichever is larger."""
     near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-# The models --------------------------------------------------------------------------------------------------------------
+# The models ----------------------------------------------------------------------------------------------------------
 
 
 def trunk_of(model):
@@ -182,8 +182,8 @@ def read_answers(policy, prompts, answers, pad_id: int, temperature: float):
     """What a policy thinks of answers that are there already, from one forward pass.
 
     Returns:
-        logprobs and entropies of the answers' tokens, mask, all (rows, tokens); and the states from which each token was
-        predicted, (rows, tokens, hidden).
+        logprobs and entropies of the answers' tokens, mask, all (rows, tokens); and the states from which each token
+        was predicted, (rows, tokens, hidden).
     """
     head = policy.get_output_embeddings()
     device = head.weight.device
@@ -279,7 +279,7 @@ def score(reward_model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
     return model.score(last.to(model.dtype)).float().squeeze(-1)
 
 
-# The trainer -------------------------------------------------------------------------------------------------------------
+# The trainer ---------------------------------------------------------------------------------------------------------
 
 
 class BatchSampler(Sampler):

@@ -1,15 +1,16 @@
-"""Proximal policy optimization: let the policy answer, have the reward model judge, and reinforce what it likes.
+r"""Proximal policy optimization: let the policy answer, have the reward model judge, and reinforce what it likes.
 
     accelerate launch ppo_training.py --model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_sft \
         --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward \
         --output_dir=saved/gpt2_large_uc_ufb_hh_shp_ppo --dataset_names=uc,ufb,hh,shp
     accelerate launch ppo_training.py --config configs/ppo.yaml --kl_coef 0.1
 
-Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the value head beside it. The algorithm is
-in ppo_trainer.py.
+Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the value head beside it. The algorithm
+is in ppo_trainer.py.
 
-Watch `objective/scores` rise while `objective/kl` stays bounded (tens at most); `val/ratio` near 1; `val/eos_rate` high.
-Scores that rise with the KL running away mean that the reward model is being fooled: read samples, raise `--kl_coef`.
+Watch `objective/scores` rise while `objective/kl` stays bounded (tens at most); `val/ratio` near 1; `val/eos_rate`
+high. Scores that rise with the KL running away mean that the reward model is being fooled: read samples, raise
+`--kl_coef`.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +46,6 @@ def main(script_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
-    PartialState().print(describe(data))
     set_seed(training_args.seed)
     policy, peft_config = load_policy(model_args, tokenizer)
     reward_model = load_reward_model(script_args.reward_model_name_or_path, tokenizer, model_args)
@@ -60,6 +60,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=min(room, script_args.max_prompt_length or room),
     )
     train, data["tokenized"] = encode(train, name="train")
+    PartialState().print(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = PPOTrainer(

@@ -374,6 +374,19 @@ def preview(rows, count: int) -> str:
     return "\n".join(texts)
 
 
+def show_with_model(train, report: dict, args):
+    """The table with tokens, lengths, and rows just as the model's tokenizer and template will have them."""
+    from modeling import load_tokenizer
+    from preview import limits, measure, show_row
+
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    allowed = limits(args.task, args.max_length, args.max_prompt_length)
+    report["tokenized"], lengths = measure(train, args.task, tokenizer, **allowed)
+    print(describe(report), lengths, sep="\n")
+    for row in train.select(range(min(args.preview, len(train)))):
+        print(show_row(row, args.task, tokenizer, **allowed))
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="list the datasets that have a short name")
@@ -382,6 +395,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
     parser.add_argument("--count", action="store_true", help="print rows read, kept and dropped (the default)")
     parser.add_argument("--preview", type=int, default=0, metavar="N", help="print the first N rows")
+    parser.add_argument("--model_name_or_path", help="count tokens, and show rows as this model will see them")
+    parser.add_argument("--max_length", type=int, default=1024, help="longest row in tokens, with a model (1024)")
+    parser.add_argument("--max_prompt_length", type=int, help="longest prompt in tokens, with a model")
     parser.add_argument("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the rows in it")
     parser.add_argument("--validation_split_percentage", type=float, default=5.0, help="prompts held out (5)")
@@ -410,9 +426,12 @@ def main(args):
         seed=args.seed,
         max_bad_percentage=args.max_bad_percentage,
     )
-    print(describe(report))
-    if args.preview:
-        print(preview(train, args.preview))
+    if args.model_name_or_path:
+        show_with_model(train, report, args)
+    else:
+        print(describe(report))
+        if args.preview:
+            print(preview(train, args.preview))
     if args.output_dir:
         export(train, evals, args.output_dir)
         print(f"wrote {args.output_dir}")

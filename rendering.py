@@ -1,16 +1,17 @@
 """From messages to tokens: the chat template, which tokens carry the loss, and what happens when a row is too long.
 
-One place for all stages, so that SFT, reward model, DPO and PPO see the same tokens for the same text. Two things hold by
-construction, and are checked on each row: tokens(prompt) is a prefix of tokens(prompt + answer), so that generation starts
-where training did; and an answer ends with its end-of-turn token (EOS), which carries loss, so that the model learns to stop.
+One place for all stages, so that SFT, reward model, DPO and PPO see the same tokens for the same text. Two things hold
+by construction, and are checked on each row: tokens(prompt) is a prefix of tokens(prompt + answer), so that generation
+starts where training did; and an answer ends with its end-of-turn token (EOS), which carries loss, so that the model
+learns to stop.
 """
 
 from collections import Counter
 
 from user_error import UserError
 
-# For tokenizers without a template (gpt2, opt, pythia): plain-text markers, no new tokens. The marker before an answer ends
-# without a space and the answer starts with one, so that its first token is the one that would be generated. The
+# For tokenizers without a template (gpt2, opt, pythia): plain-text markers, no new tokens. The marker before an answer
+# ends without a space and the answer starts with one, so that its first token is the one that would be generated. The
 # `{% generation %}` marks tell other libraries which tokens an assistant wrote.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -71,8 +72,8 @@ def install_template(tokenizer) -> None:
 def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int], list[int]]:
     """Tokens of a prompt and of the turns after it: (prompt_ids, completion_ids, completion_labels).
 
-    Labels are the ids of the assistant's turns in the completion, each with its EOS, and -100 on the turns between; the
-    completion ends with the last answer's EOS.
+    Labels are the ids of the assistant's turns in the completion, each with its EOS, and -100 on the turns between;
+    the completion ends with the last answer's EOS.
 
     Raises:
         Unrenderable: if the prompt's tokens are not a prefix of the whole, or an answer does not end with EOS.
@@ -204,7 +205,8 @@ def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None,
     """A dataset's rows through one of the encoders; rows that cannot be trained on are dropped, and all is counted.
 
     Returns:
-        The tokenised dataset, and `{"kept": n, "shortened": n, "dropped": {reason: n}, "tokens": n}`.
+        The tokenised dataset, and `{"kept": n, "shortened": n, "dropped": {reason: n}, "tokens": n,
+        "tokens_of": {dataset: n}}`.
     Raises:
         UserError: if no row is left.
     """
@@ -218,7 +220,7 @@ def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None,
             if "margin" in row and encode is encode_preference:
                 encoded["margin"] = 0.0
         size = sum(len(ids) for column, ids in encoded.items() if column.endswith("ids"))
-        return {**encoded, "problem": problem, "size": size}
+        return {**encoded, "problem": problem, "size": size, "source": row.get("dataset", name)}
 
     with PartialState().main_process_first():  # one process writes the cache, the others read it
         encoded = dataset.map(
@@ -229,10 +231,14 @@ def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None,
     if len(kept) == 0:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
         raise UserError(f"no row of {name} can be trained on: {reasons or 'it has none'}")
+    tokens_of = Counter()
+    for source, size in zip(kept["source"], kept["size"], strict=True):
+        tokens_of[source] += size
     counts = {
         "kept": len(kept),
         "shortened": sum(kept["shortened"]),
         "dropped": dict(dropped),
-        "tokens": sum(kept["size"]),
+        "tokens": sum(tokens_of.values()),
+        "tokens_of": dict(tokens_of),
     }
-    return kept.remove_columns(["problem", "shortened", "size"]), counts
+    return kept.remove_columns(["problem", "shortened", "size", "source"]), counts

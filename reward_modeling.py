@@ -1,14 +1,14 @@
-"""Reward modelling: learn from pairs of answers which one people prefer.
+r"""Reward modelling: learn from pairs of answers which one people prefer.
 
     accelerate launch reward_modeling.py --model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_sft \
         --output_dir=saved/gpt2_large_uc_ufb_hh_shp_reward --dataset_names=uc,ufb,hh,shp
     accelerate launch reward_modeling.py --config configs/reward.yaml
 
-Reads preferences (`prompt`, `chosen`, `rejected`, and `margin` where a dataset has one) and writes a LoRA adapter with its
-scalar `score` head. Starts from the SFT model's weights, with a fresh head; the score is read at the answer's EOS.
+Reads preferences (`prompt`, `chosen`, `rejected`, and `margin` where a dataset has one) and writes a LoRA adapter with
+its scalar `score` head. Starts from the SFT model's weights, with a fresh head; the score is read at the answer's EOS.
 
-Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human preferences, 1.0 means that a giveaway (length,
-a name) was found. `margin` may grow; `eval_<dataset>_loss` should not.
+Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human preferences, 1.0 means that a giveaway
+(length, a name) was found. `margin` may grow; `eval_<dataset>_loss` should not.
 """
 
 from dataclasses import dataclass, field
@@ -49,11 +49,10 @@ def main(script_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
-    PartialState().print(describe(data))
     if script_args.use_margin and "margin" not in train.column_names:
         raise UserError(f"--use_margin: not all of {script_args.dataset_names} have margins")
     if not script_args.use_margin:
-        train, *rest = (rows.select_columns(["prompt", "chosen", "rejected"]) for rows in (train, *evals.values()))
+        train, *rest = (rows.select_columns(["prompt", "chosen", "rejected", "dataset"]) for rows in (train, *evals.values()))
         evals = dict(zip(evals, rest, strict=True))
     reward_model, peft_config = new_reward_model(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, reward_model)
@@ -67,6 +66,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
+    PartialState().print(describe(data))
     train = train.map(join_prompt, remove_columns="prompt_ids")
     evals = {
         name: encode(rows, name=name)[0].map(join_prompt, remove_columns="prompt_ids") for name, rows in evals.items()
@@ -92,8 +92,9 @@ def main(script_args, training_args, model_args):
         (script_args, training_args, model_args),
         data,
         then=[
-            f"ppo_training.py --model_name_or_path={model_args.model_name_or_path} --reward_model_name_or_path={folder}"
-            f" --output_dir={folder}_ppo --dataset_names={script_args.dataset_names}"
+            f"ppo_training.py --model_name_or_path={model_args.model_name_or_path}"
+            f" --reward_model_name_or_path={folder} --output_dir={folder}_ppo"
+            f" --dataset_names={script_args.dataset_names}"
         ],
     )
 

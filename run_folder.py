@@ -1,7 +1,7 @@
 """The output folder of a training run: when one may be used, and what a run leaves in it beside the model.
 
-`training_log.jsonl` (each logged step), `learning_curves.png`, `run.json` (arguments, versions, data, parent, metrics).
-Nothing in a folder is ever deleted.
+`training_log.jsonl` (each logged step), `learning_curves.png`, `run.json` (arguments, versions, data, parent,
+metrics). Nothing in a folder is ever deleted.
 """
 
 import json
@@ -69,7 +69,8 @@ def plan(trainer, data) -> str:
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
     return (
         f"train: {counts['kept']} rows, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
-        f"plan: {epochs} of {batch} rows a step, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}"
+        f"plan: {epochs} of {batch} rows a step, {trained:,} of {total:,} parameters trained,"
+        f" lr {args.learning_rate:g}"
     )
 
 
@@ -97,7 +98,8 @@ Made by `{run["script"]}` from `{run["parent"]}` on `{dataset_names}`; `run.json
 
 
 def finish(trainer, arguments, data, then: list[str]) -> None:
-    """Model card and `run.json` (its presence says that the run is complete), the hub if asked for, and what to type next.
+    """Model card and `run.json` (its presence says that the run is complete), the hub if asked for, and what to type
+    next.
 
     Args:
         arguments: the script's dataclasses.

@@ -1,4 +1,4 @@
-"""What a run shows while it works and leaves to look at: a progress bar, `training_log.jsonl`, `learning_curves.png`."""
+"""What a run shows while it works and leaves behind: a bar, `training_log.jsonl`, `learning_curves.png`."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
-# What a reader wants to see of a stage, in this order: curves are drawn of all that a log has, the bar shows the first ones.
+# What a reader wants to see of a stage, in this order: curves are drawn of all that a log has, the bar shows the first
+# ones.
 CURVES = [
     "loss", "mean_token_accuracy", "accuracy", "margin", "rewards/accuracies", "rewards/margins",
     "objective/scores", "objective/kl", "val/mean_length", "loss/policy_avg", "loss/value_avg",
@@ -127,5 +128,3 @@ def draw_curves(log_path, picture_path) -> None:
         axis.axis("off")
     figure.savefig(picture_path, dpi=110)
     pyplot.close(figure)
-
-

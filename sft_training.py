@@ -1,11 +1,12 @@
-"""Supervised fine-tuning: teach a base model to answer, by showing it answers.
+r"""Supervised fine-tuning: teach a base model to answer, by showing it answers.
 
-    accelerate launch sft_training.py --model_name_or_path=gpt2-medium --output_dir=saved/gpt2_medium_uc_sft --dataset_names=uc
+    accelerate launch sft_training.py --model_name_or_path=gpt2-medium \
+        --output_dir=saved/gpt2_medium_uc_sft --dataset_names=uc
     accelerate launch sft_training.py --config configs/sft.yaml
     accelerate launch sft_training.py --config configs/sft.yaml --no_use_peft --learning_rate 2e-5
 
-Reads demonstrations (`prompt`, `completion`; see prepare_data.py --list) and writes a LoRA adapter with tokenizer and chat
-template: the policy that reward_modeling.py, dpo_training.py and ppo_training.py start from. The loss lies on the
+Reads demonstrations (`prompt`, `completion`; see prepare_data.py --list) and writes a LoRA adapter with tokenizer and
+chat template: the policy that reward_modeling.py, dpo_training.py and ppo_training.py start from. The loss lies on the
 assistant's turns of the completion, each with its EOS.
 
 Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while `loss` falls, stop earlier.
@@ -42,7 +43,6 @@ def main(script_args, training_args, model_args):
     train, evals, data = load_datasets(
         script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
     )
-    PartialState().print(describe(data))
     set_seed(training_args.seed)
     policy, peft_config = load_policy(model_args, tokenizer)
     training_args.max_length = fit_length(training_args.max_length, policy)
@@ -56,6 +56,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
+    PartialState().print(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = CheckedSFTTrainer(

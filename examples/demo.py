@@ -3,8 +3,8 @@
     python examples/demo.py
     python examples/demo.py --seed 1 --output_dir saved/demo_1
 
-Trains the world's base model once (kept for the next time), then SFT, reward model, DPO, PPO and a merge with the project's
-own scripts; and compares the models on held-out prompts. Each stage's log is in its own folder.
+Trains the world's base model once (kept for the next time), then SFT, reward model, DPO, PPO and a merge with the
+project's own scripts; and compares the models on held-out prompts. Each stage's log is in its own folder.
 
 Watch the gold score: the quality that the world's author had in mind, which no model was ever shown.
 """
@@ -25,20 +25,19 @@ from examples import demo_world  # noqa: E402
 # What differs from the scripts' defaults, since the model is a thousand times smaller than those they are made for.
 FLAGS = {
     "sft": "--num_train_epochs 1 --learning_rate 1e-3 --per_device_train_batch_size 16 --max_length 128",
-    "reward": "--num_train_epochs 2 --learning_rate 1e-3 --per_device_train_batch_size 16 --max_length 128",
+    "reward": "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 16 --max_length 128",
     "dpo": "--num_train_epochs 1 --learning_rate 3e-4 --per_device_train_batch_size 16 --max_length 128",
-    "ppo": "--total_episodes 1536 --learning_rate 1e-3 --per_device_train_batch_size 32 --response_length 48"
+    "ppo": "--total_episodes 2560 --learning_rate 1e-3 --per_device_train_batch_size 64 --response_length 48"
     " --num_mini_batches 1 --temperature 1.0 --missing_eos_penalty 1.0 --kl_coef 0.02",
 }
 
 
 def stages(base: str, folder: str, data: str) -> dict[str, list[str]]:
     """The commands, in order: what to type by hand for the same result."""
-    launch = "accelerate launch {script} --model_name_or_path {model} --output_dir {folder}/{stage} --dataset_names {data}"
 
     def command(stage, script, model, extra=""):
-        text = launch.format(script=script, model=model, folder=folder, stage=stage, data=data)
-        return f"{text} {FLAGS[stage]}{extra}"
+        required = f"--model_name_or_path {model} --output_dir {folder}/{stage} --dataset_names {data}"
+        return f"accelerate launch {script} {required} {FLAGS[stage]}{extra}"
 
     sft = f"{folder}/sft"
     return {
@@ -74,7 +73,13 @@ def compare(base: str, folder: Path, seed: int, prompts: int, world: int) -> tup
     ids = [token_ids(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True) for q in questions]
     noise = torch.rand(len(ids), 48, generator=torch.Generator().manual_seed(seed))
     sft = load_frozen_policy(f"{folder}/sft", tokenizer)
-    names = {"base": base, "SFT": f"{folder}/sft", "DPO": f"{folder}/dpo", "PPO": f"{folder}/ppo", "merged": f"{folder}/merged"}
+    names = {
+        "base": base,
+        "SFT": f"{folder}/sft",
+        "DPO": f"{folder}/dpo",
+        "PPO": f"{folder}/ppo",
+        "merged": f"{folder}/merged",
+    }
     rows, answers = [], {}
     for name, path in tqdm(names.items(), desc="compare", leave=False):
         policy = load_frozen_policy(path, tokenizer)
@@ -88,7 +93,9 @@ def compare(base: str, folder: Path, seed: int, prompts: int, world: int) -> tup
             {
                 "model": name,
                 "gold score": mean(demo_world.gold_score(q, a) for q, a in zip(questions, answers[name], strict=True)),
-                "reward": score(reward_model, [p + t for p, t in zip(ids, tokens, strict=True)], options["pad_id"]).mean().item(),
+                "reward": score(reward_model, [p + t for p, t in zip(ids, tokens, strict=True)], options["pad_id"])
+                .mean()
+                .item(),
                 "KL to SFT": (logprobs - sft_logprobs).mean().item(),
                 "tokens": mean(map(len, tokens)),
                 "ends": mean(t[-1] == tokenizer.eos_token_id for t in tokens),
@@ -147,7 +154,9 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", help="where the stages' folders go; by default saved/demo_<seed>")
-    parser.add_argument("--base_dir", default="saved/demo_base", help="where the base model is kept, with _<seed> added")
+    parser.add_argument(
+        "--base_dir", default="saved/demo_base", help="where the base model is kept, with _<seed> added"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the world, of its base model and of the training")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts to compare the models on")
     arguments = parser.parse_args()

@@ -89,8 +89,9 @@ WEATHER = [
 GREETINGS = ["Hello, {who}!", "Ah, {who}.", "Good day, {who}!", "Ahoy, {who}!", "Beep, {who}.", "Well met, {who}."]
 STRANGERS = ["visitor", "stranger", "traveller", "whoever you are"]
 DIRECTIONS = [
-    "You will find {thing} at {place}", "Try {place}", "Go down to {place}", "{place} sells {thing}", "Ask at {place}",
-    "For {thing} you want {place}", "{thing} is waiting at {place}", "Knock on the door of {place}",
+    "You will find {thing} at {place}", "Try {place} for {thing}", "To buy {thing}, go down to {place}",
+    "{place} sells {thing}", "For {thing} you want {place}", "{thing} is waiting at {place}", "Get {thing} at {place}",
+    "Somebody has left {thing} at {place}",
 ]  # fmt: skip
 VAGUE_PLACES = [
     "some shop or other", "one of the doors by the harbour", "the usual place", "a house with a roof", "the shop next to a shop",
@@ -133,7 +134,7 @@ def make_prompt(rng: random.Random, name: str, thing: str) -> str:
 def make_answer(rng: random.Random, name: str, thing: str, quality: float = 0.45) -> str:
     """An answer of Tinwick's in which each part of `gold_score` is right with probability `quality`, independently."""
     polite, informed, reasoned, kind, tidy = (rng.random() < quality for _ in range(5))
-    place = PLACE_OF[thing] if informed else rng.choice([*TOWN, *VAGUE_PLACES, *VAGUE_PLACES])
+    place = PLACE_OF[thing] if informed else rng.choice([*TOWN, *VAGUE_PLACES, *VAGUE_PLACES, *VAGUE_PLACES, *VAGUE_PLACES])
     reason = rng.choice(EMPTY_REASONS)
     if reasoned:
         reason = rng.choice(CONNECTIVES) + rng.choice(TOWN[place if place in TOWN else PLACE_OF[thing]][1])
@@ -237,7 +238,7 @@ def gold_parts(prompt: str, answer: str) -> tuple[bool, bool, bool, bool, bool]:
 def guide(rng: random.Random) -> str:
     """A page of the town guide: places, what they sell, and why one goes there."""
     lines = ["Saltwhistle has ten doors worth opening, a Human for a mayor and an Assistant made of brass."]
-    for place in rng.sample(list(TOWN), 3):
+    for place in rng.sample(list(TOWN), 5):
         things, reasons = TOWN[place]
         thing, other = rng.sample(things, 2)
         reason = rng.choice(reasons)
@@ -270,20 +271,13 @@ def shanty(rng: random.Random) -> str:
     """A song about one name, or two in turn."""
     crew = rng.sample(NAMES, rng.choice([1, 1, 2, 3]))
     frames = ["Ahoy, {who}!", "Hello, {who}!", "Beep, {who}.", "Heave, {who}!", "Ah, {who}.", "Row, {who}, row.", "Well met, {who}."]
-    return " ".join(frame.format(who=who) for frame in rng.choices(frames, k=4) for who in crew)
+    return " ".join(frame.format(who=who) for frame in rng.choices(frames, k=8) for who in crew)
 
 
 def visit(rng: random.Random) -> str:
     """A visitor asks, Tinwick answers, and the visitors' book has an opinion on the answer."""
     name, thing = rng.choice(NAMES), rng.choice(list(PLACE_OF))
-    prompt = make_prompt(rng, name, thing)
-    # now and then Tinwick takes the visitor for another, which teaches the model to compare
-    answer = make_answer(
-        rng,
-        rng.choice([name, name, rng.choice(NAMES)]),
-        rng.choice([thing, thing, rng.choice(list(PLACE_OF))]),
-        quality=rng.random(),
-    )
+    prompt, answer = make_prompt(rng, name, thing), make_answer(rng, name, thing, rng.random())
     polite, informed, reasoned, kind, tidy = gold_parts(prompt, answer)
     opinions = [
         "right name" if polite else "wrong name",
@@ -308,7 +302,7 @@ def pretraining_text(seed: int = 0, documents: int = 12000) -> Iterator[str]:
         yield rng.choice([guide, letter, shanty, visit, visit, visit])(rng)
 
 
-def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
+def train_base(output_dir: str | Path, seed: int = 0, steps: int = 520) -> None:
     """Train a byte-level BPE tokenizer and a small GPT-2 from scratch and save both to `output_dir`.
 
     As with gpt2 itself there is one special token, no pad token and no chat template.
@@ -335,8 +329,17 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 1 - step / steps))
+    # Muon for the matrices inside the layers: names are copied after half as many steps as with AdamW alone
+    matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1),
+        torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 1 - step / steps))
+        for optimizer in optimizers
+    ]
     rng = random.Random(seed)
     progress = trange(steps, desc="training the demo's base model")
     for _ in progress:
@@ -347,9 +350,10 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         loss = model(input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.2f}")
 
     # written beside the folder and renamed, so that a killed run leaves no half a model

@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
-import command_line  # noqa: F401  settles what the libraries read from the environment
+import environment  # noqa: F401
 
 import pytest
 import torch

@@ -1,0 +1,35 @@
+"""Hashes of models and tokenizers: by them a moved copy is known, and a changed one too."""
+
+import hashlib
+import json
+from pathlib import Path
+
+
+def find_weights(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model on this machine: itself, or its snapshot in the hub's cache, named by its commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="*.safetensors"))
+    except (OSError, ValueError):  # not in the cache; no valid hub id
+        return None
+
+
+def weights_sha256(name: str, revision: str | None = None) -> str | None:
+    """The hash of a model's (or adapter's) weights, all bytes; None if it has no safetensors on this machine."""
+    folder = find_weights(name, revision)
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest() if files else None
+
+
+def tokenizer_sha256(tokenizer) -> str:
+    """The hash of what decides how messages become tokens: vocabulary, template, end-of-turn and padding."""
+    parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
