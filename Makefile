@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# minutes: merges killed at random moments, full disks
+test-slow: .venv/ready
+	$(BIN)/python -m pytest tests/slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

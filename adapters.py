@@ -103,15 +103,29 @@ def check_loaded(peft_model, adapter: str, name: str = "default") -> None:
             raise UserError(f"the adapter {adapter} does not fit its base: it {lacks}")
 
 
+def resize_for(model, adapter: str) -> None:
+    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    with explain_load(adapter):
+        rows = {
+            weight.shape[0]
+            for key, weight in load_peft_weights(adapter, device="cpu").items()
+            if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
+        }
+    if rows and rows != {layers[0].weight.shape[0]}:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
 def load_sum(model, adapters: list[str], weights: list[float]):
     """A PeftModel whose active adapter is the exact weighted sum of the adapters' changes, whatever their ranks."""
-    names = [str(i) for i in range(len(adapters))]
+    names = [f"adapter_{i}" for i in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):
         with explain_load(adapter):
             for key in load_peft_weights(adapter, device="cpu"):
                 if ".lora_A." not in key and ".lora_B." not in key:
                     raise UserError(f"{adapter} holds {key}, more than a plain LoRA: such adapters have no sum")
-            if name == "0":
+            if name == names[0]:
                 model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
             else:
                 model.load_adapter(adapter, name)
@@ -129,8 +143,24 @@ def load_sum(model, adapters: list[str], weights: list[float]):
 
 def read_config(name: str) -> dict:
     """A model's config.json; empty if it is not there."""
-    path = cached_file(name, "config.json", **IF_THERE) if name else None
+    try:
+        path = cached_file(name, "config.json", **IF_THERE)
+    except OSError:  # not a name that the hub could have
+        path = None
     return json.loads(Path(path).read_text()) if path else {}
+
+
+def recorded_base(adapter: str) -> str | None:
+    """The hash of the base's weights that the run of an adapter wrote down, if it is one of ours."""
+    run = Path(adapter) / "run.json"
+    return json.loads(run.read_text()).get("base_sha256") if run.exists() else None
+
+
+def check_unchanged(base: str, adapter: str) -> None:
+    """Refuse a base that holds other weights than when the adapter was trained on it, where that was recorded."""
+    trained_on = recorded_base(adapter)
+    if trained_on and weights_sha256(base, base_revision(adapter)) not in (trained_on, None):
+        raise UserError(f"{base}, the base of {adapter}, has changed since the adapter was trained on it")
 
 
 def check_base(given: str | None, named: str, adapter: str) -> str:
@@ -145,28 +175,18 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
     config, trained = read_config(base), read_config(named)
     if "quantization_config" in config:
         raise UserError(f"{base} is stored quantised: give the full-precision model with --base_model_name")
-    same = base == named or (named and Path(base).resolve() == Path(named).resolve())
-    if not same and trained.pop("quantization_config", None):
-        # the weights of the two cannot be compared; their shapes can
-        if all(config.get(key) == value for key, value in trained.items() if key not in LOOSE):
-            return base
-        raise UserError(f"--base_model_name {base} has another config than {named}, the base of {adapter}")
-    run = Path(adapter) / "run.json"
-    trained_on = json.loads(run.read_text()).get("base_sha256") if run.exists() else None
-    if trained_on is None and not same:
-        trained_on = weights_sha256(named, base_revision(adapter)) if named else None
-    found = weights_sha256(base, base_revision(adapter)) if trained_on or not same else None
-    if found != trained_on or (not same and found is None):
-        if same and found:
-            raise UserError(f"{base}, the base of {adapter}, has changed since the adapter was trained on it")
-        if not same:
-            known = (
-                f"on {named}"
-                if trained_on
-                else f"on {named or 'a model without a name'}, which is not here to compare"
-            )
-            raise UserError(
-                f"--base_model_name {base} is not the base of {adapter}: it was trained {known}\n"
-                "  leave --base_model_name out, or give a copy of that model"
-            )
+    if base == named or (named and Path(base).resolve() == Path(named).resolve()):
+        check_unchanged(base, adapter)
+        return base
+    if trained.pop("quantization_config", None):  # its weights are no guide, its shapes are
+        if any(config.get(key) != value for key, value in trained.items() if key not in LOOSE):
+            raise UserError(f"--base_model_name {base} has another config.json than {named}, the base of {adapter}")
+        return base
+    trained_on = recorded_base(adapter) or (weights_sha256(named, base_revision(adapter)) if named else None)
+    if trained_on is None or weights_sha256(base) != trained_on:
+        why = "its weights are others" if trained_on else "its weights are not here to compare"
+        raise UserError(
+            f"--base_model_name {base} is not the base of {adapter}: it was trained on {named or 'a nameless model'}, "
+            f"and {why}\n  leave --base_model_name out, or give a copy of that model"
+        )
     return base

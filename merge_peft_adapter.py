@@ -1,19 +1,23 @@
 """Merge a LoRA adapter into its base: a plain model folder that any library loads, proven equal before it is kept.
 
-    python merge_peft_adapter.py --base_model_name=gpt2-medium --adapter_model_name=saved/gpt2_medium_ufb_dpo --output_name=saved/gpt2_medium_uc_ufb_merged
-    python merge_peft_adapter.py --adapter_model_name=saved/gpt2_large_reward --output_name=saved/reward_merged --dtype=bfloat16
+    python merge_peft_adapter.py --base_model_name=gpt2-medium --adapter_model_name=saved/gpt2_medium_ufb_dpo \
+        --output_name=saved/gpt2_medium_uc_ufb_merged
+    python merge_peft_adapter.py --adapter_model_name=saved/reward --output_name=saved/reward_merged --dtype=bfloat16
     python merge_peft_adapter.py --adapter_model_name=saved/a,saved/b --weights=0.5,0.5 --output_name=saved/a_and_b
 
-Reads an adapter folder and the base that it names (`--base_model_name` may be left out, and is refused when it is another
-one); a chain of adapters is merged from the base up. Writes the model, with a reward model's head, tokenizer, template and
-generation config. The merge is done in float32 and cast last, in a hidden folder that is renamed when all is well.
+Reads an adapter folder and the base that it names: `--base_model_name` may be left out; a copy of that base is taken
+and another model refused. A chain of adapters is merged from the base up. Writes the model, with a reward model's
+head, tokenizer, template and generation config. All is merged in float32 and cast last, in a hidden folder that is
+renamed when it has been proven.
 
-Watch the last line: the largest difference between the logits of the merged folder and those of the adapter model.
+Watch the last lines: how far the merged model's logits are from the adapter model's, and those from the base's.
+In float32 the former is at most 1e-4 of the largest logit; in another dtype, what that rounds away.
 """
 
 import argparse
 import glob
 import json
+import logging
 import os
 import platform
 import shutil
@@ -50,49 +54,11 @@ def difference(logits, expected, what: str) -> float:
     return largest
 
 
-def load_base(base: str, adapter: str, tokenizer):
-    """The base in float32, of the class that the adapter's task asks for."""
-    from adapters import adapter_settings, base_revision, explain_load
-    from modeling import set_special_tokens
-
-    import torch
-    from peft.utils import load_peft_weights
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto_class, head, options = AutoModelForCausalLM, set(), {}
-    if adapter_settings(adapter)["task_type"] == "SEQ_CLS":
-        with explain_load(adapter):
-            weights = load_peft_weights(adapter, device="cpu")
-        labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
-        auto_class, head = AutoModelForSequenceClassification, {"score.weight"} if labels else set()
-        options = {"num_labels": labels[0]} if labels else {}
-    with explain_load(base):
-        model, info = auto_class.from_pretrained(
-            base, revision=base_revision(adapter), dtype=torch.float32, output_loading_info=True, **options
-        )
-    if lacks := sorted(info["missing_keys"] - head):
-        raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
-    set_special_tokens(model, tokenizer)
-    return model
-
-
-def resize_for(model, adapter: str) -> None:
-    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings."""
-    from adapters import explain_load
-
-    from peft.utils import load_peft_weights
-
-    layers = model.get_input_embeddings(), model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    ends = tuple(f".{name}{part}.weight" for name in names for part in ("", ".base_layer"))
-    with explain_load(adapter):
-        rows = {w.shape[0] for key, w in load_peft_weights(adapter, device="cpu").items() if key.endswith(ends)}
-    if rows and rows != {layers[0].weight.shape[0]}:
-        model.resize_token_embeddings(max(rows), mean_resizing=False)
-
-
 def merge(model):
-    """A PeftModel's base with its active adapters merged in, and its logits before; proven equal to those after."""
+    """Merge a PeftModel's active adapters into its base: (model, logits before, how far the adapters had moved them).
+
+    The logits before are proven equal to those after.
+    """
     import torch
     from peft.tuners.lora import LoraLayer
 
@@ -104,6 +70,8 @@ def merge(model):
         output = layers[-1].get_base_layer() if isinstance(layers[-1], LoraLayer) else layers[-1]
         output.weight = torch.nn.Parameter(output.weight.detach().clone())  # or a change of one would change both
     expected = probe_logits(model)
+    with model.disable_adapter():
+        effect = (expected - probe_logits(model)).abs().max().item()
     # not safe_merge, which doubles memory to look for NaN: the logits would show it
     model = model.merge_and_unload(adapter_names=model.active_adapters)
     text_config, output = model.config.get_text_config(), model.get_output_embeddings()
@@ -112,7 +80,13 @@ def merge(model):
             output.weight, model.get_input_embeddings().weight
         )
     difference(probe_logits(model), expected, "merging changed the model")
-    return model, expected
+    return model, expected, effect
+
+
+def cast(model, dtype) -> None:
+    """Change the weights' dtype, but not of buffers that are computed anew at each load (rotary frequencies)."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def prove(folder: Path, written, expected) -> float:
@@ -140,7 +114,7 @@ def replaced_when_done(output: Path):
     """A hidden folder that becomes the output at the end, or nothing; what killed merges left of it is removed."""
     import psutil
 
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
     prefix = f".{output.name}.merging-{platform.node()}-"
     for left in glob.glob(str(parent / (glob.escape(prefix) + "*"))):
         pid = left.rsplit("-", 1)[1]
@@ -165,16 +139,17 @@ def main(args):
             raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
         if not (output / "merge.json").exists():
             raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
-    from adapters import check_base, load_adapter, load_sum, read_config, resolve_adapters
-    from modeling import read_tokenizer
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import complains on a CPU
+    from adapters import check_base, load_adapter, load_sum, read_config, resize_for, resolve_adapters
+    from modeling import load_merge_base, read_tokenizer
 
     import torch
     from safetensors import SafetensorError
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    logging.set_verbosity_error()
-    names = args.adapter_model_name.split(",")
-    weights = [float(w) for w in args.weights.split(",")] if args.weights else None
+    disable_progress_bar()
+    set_verbosity_error()
+    names, weights = args.adapter_model_name.split(","), args.weights
     if len(names) != len(weights or names[:1]):
         raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
     chains = [resolve_adapters(name, moved=args.base_model_name is not None) for name in names]
@@ -188,12 +163,12 @@ def main(args):
     for name, (named, _) in list(zip(names, chains, strict=True))[1:]:
         if named != chains[0][0]:
             check_base(base, named, name)
-    tokenizer = read_tokenizer(names[0])
+    tokenizer = read_tokenizer(names[0], base=base)
     stored = str(read_config(base).get("dtype") or read_config(base).get("torch_dtype"))
     dtype = args.dtype or (stored if stored in DTYPES else "float32")
     try:
         with replaced_when_done(output) as folder:
-            model = load_base(base, names[0], tokenizer)
+            model = load_merge_base(base, names[0], tokenizer)
             is_reward = not model.can_generate()
             for i, step in enumerate(steps):
                 resize_for(model, step[0])
@@ -201,24 +176,30 @@ def main(args):
                     model = load_sum(model, step, weights)
                 else:  # an adapter under a reward model's is a policy's
                     model = load_adapter(model, step[0], task=i == len(steps) - 1)
-                model, expected = merge(model)
+                model, expected, effect = merge(model)
             rows = model.get_input_embeddings().weight.shape[0]
             if len(tokenizer) > rows:
                 raise UserError(f"{names[0]} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}")
-            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            cast(model, getattr(torch, dtype))
+            model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            written = probe_logits(model.float())
+            cast(model, torch.float32)
+            written = probe_logits(model)
             del model
-            proof = {
-                "max_logit_difference": prove(folder, written, expected),
+            error = prove(folder, written, expected)
+            about = {"base": base, "adapters": sum(steps, []), "weights": weights, "dtype": dtype}
+            about |= {
+                "max_logit_difference": error,
                 "max_logit": expected.abs().max().item(),
+                "adapter_effect": effect,
             }
-            about = {"base": base, "adapters": sum(steps, []), "weights": weights}
-            (folder / "merge.json").write_text(json.dumps({**about, "dtype": dtype, **proof}, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {output}: {error}") from error
+            (folder / "merge.json").write_text(json.dumps(about, indent=2) + "\n")
+    except (OSError, SafetensorError) as reason:
+        raise UserError(f"cannot write {output}: {reason}") from reason
     print(f"{output}: {base} + {' + '.join(sum(steps, []))}, {dtype}")
-    print(f"largest |logit difference| to the adapter model: {proof['max_logit_difference']:.2e}")
+    print(f"largest |logit difference| to the adapter model: {error:.2e} (and of that to its base: {effect:.2e})")
+    if error > effect / 10:
+        print(f"{dtype} rounds away a good part of what was learned: --dtype=float32 keeps it")
     if is_reward:
         print("next: give it to ppo_training.py as --reward_model_name_or_path")
     else:
@@ -226,22 +207,22 @@ def main(args):
     if args.push_to_hub:
         from huggingface_hub import HfApi
 
-        api = HfApi()
-        repo = api.create_repo(args.push_to_hub, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=output)
+        repo = HfApi().create_repo(args.push_to_hub, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=output)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base_model_name", help="the model the adapter was trained on; read from the adapter when left out")
-    add(
-        "--adapter_model_name",
-        required=True,
-        help="adapter folder or hub id; several, separated by commas, with --weights",
-    )
+    several = "several, separated by commas, with --weights"
+    add("--adapter_model_name", required=True, help=f"adapter folder or hub id; {several}")
     add("--output_name", required=True, help="folder to write")
-    add("--weights", help="weights of the adapters in their sum, separated by commas")
+    add("--weights", type=numbers, help="weights of the adapters in their sum, separated by commas")
     add("--dtype", choices=DTYPES, help="of the stored weights; by default the base's")
     add("--overwrite", action="store_true", help="replace output_name if it is an earlier merge's")
     add("--push_to_hub", metavar="REPO_ID", help="also upload the result to a private repository of this name")

@@ -8,7 +8,15 @@ starts from its weights with a fresh head. So `base + adapter` is always the who
 from dataclasses import fields
 
 import environment  # noqa: F401
-from adapters import IF_THERE, adapter_settings, base_revision, explain_load, load_adapter, resolve_adapters
+from adapters import (
+    IF_THERE,
+    adapter_settings,
+    base_revision,
+    check_unchanged,
+    explain_load,
+    load_adapter,
+    resolve_adapters,
+)
 from rendering import install_template
 from user_error import UserError
 
@@ -57,9 +65,10 @@ def load_tokenizer(name: str, revision: str = "main"):
     return tokenizer
 
 
-def read_tokenizer(name: str, revision: str = "main"):
-    """The tokenizer as it is stored: the adapter folder's own, or that of the base."""
-    base, adapters = resolve_adapters(name)
+def read_tokenizer(name: str, revision: str = "main", base: str | None = None):
+    """The tokenizer as it is stored: the adapter folder's own, or that of the base (of `base`, where it has moved)."""
+    named, adapters = resolve_adapters(name, moved=base is not None)
+    base = base or named
     source = next((a for a in adapters if cached_file(a, "tokenizer_config.json", **IF_THERE)), base)
     if adapters:
         revision = base_revision(adapters[-1]) if source == base else "main"
@@ -94,6 +103,8 @@ def _spare_token(tokenizer):
 
 def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     revision = model_args.model_revision if model_args else "main"
+    if adapter:
+        check_unchanged(base, adapter)
     with explain_load(base):
         model, info = auto_class.from_pretrained(
             base,
@@ -238,6 +249,25 @@ def load_reward_model(name: str, tokenizer, model_args=None):
     elif info["missing_keys"]:
         raise UserError(f"{base} has no trained head ({sorted(info['missing_keys'])[0]}): its scores would be random")
     return model.eval().requires_grad_(False)
+
+
+def load_merge_base(base: str, adapter: str, tokenizer):
+    """The base to merge an adapter into: in float32, of the class that the adapter's task asks for."""
+    auto_class, head, options = AutoModelForCausalLM, set(), {}
+    if adapter_settings(adapter)["task_type"] == "SEQ_CLS":
+        with explain_load(adapter):
+            weights = load_peft_weights(adapter, device="cpu")
+        labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
+        auto_class, head = AutoModelForSequenceClassification, {"score.weight"} if labels else set()
+        options = {"num_labels": labels[0]} if labels else {}
+    with explain_load(base):
+        model, info = auto_class.from_pretrained(
+            base, revision=base_revision(adapter), dtype="float32", output_loading_info=True, **options
+        )
+    if lacks := sorted(info["missing_keys"] - head):
+        raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
+    set_special_tokens(model, tokenizer)
+    return model
 
 
 def check_same_tokens(theirs, ours, name: str) -> None:

@@ -9,7 +9,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from adapters import base_revision
 from command_line import settings
+from fingerprints import find_weights, tokenizer_sha256, weights_sha256
 from modeling import resolve_adapters
 from user_error import UserError
 
@@ -115,12 +117,19 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         for key, value in entry.items():
             first.setdefault(key, value)
             last[key] = value
-    base, _ = resolve_adapters(model_args.model_name_or_path)
+    parent = model_args.model_name_or_path
+    base, adapters = resolve_adapters(parent)
+    revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
+    weights = find_weights(base, revision)
     run = {
         "script": Path(sys.argv[0]).name,
         "arguments": {k: v for parsed in arguments for k, v in settings(parsed).items()},
-        "parent": model_args.model_name_or_path,
+        "parent": parent,
+        "parent_sha256": weights_sha256(parent) if adapters else None,
         "base_model": base,
+        "base_revision": weights.name if weights and not Path(base).is_dir() else None,  # of the hub: its commit
+        "base_sha256": weights_sha256(base, revision),
+        "tokenizer_sha256": tokenizer_sha256(trainer.processing_class),
         "data": data,
         "metrics": {"first": first, "last": last},
         "versions": {package: version(package) for package in PACKAGES},

@@ -6,7 +6,8 @@
 Trains the world's base model once (kept for the next time), then SFT, reward model, DPO, PPO and a merge with the
 project's own scripts; and compares the models on held-out prompts. Each stage's log is in its own folder.
 
-Watch the gold score: the quality that the world's author had in mind, which no model was ever shown.
+Watch the gold score: the quality that the world's author had in mind. No stage is shown it; SFT imitates mixed answers,
+and the others see which of two answers was liked better, wrongly now and then.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from examples import demo_world  # noqa: E402
 
 # What differs from the scripts' defaults, since the model is a thousand times smaller than those they are made for.
 FLAGS = {
-    "sft": "--num_train_epochs 1 --learning_rate 1e-3 --per_device_train_batch_size 16 --max_length 128",
-    "reward": "--num_train_epochs 2 --learning_rate 2e-3 --per_device_train_batch_size 16 --max_length 128",
-    "dpo": "--num_train_epochs 1 --learning_rate 3e-4 --per_device_train_batch_size 16 --max_length 128",
-    "ppo": "--total_episodes 2560 --learning_rate 1e-3 --per_device_train_batch_size 64 --response_length 48"
-    " --num_mini_batches 1 --temperature 1.0 --missing_eos_penalty 1.0 --kl_coef 0.02",
+    "sft": "--num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 16",
+    "reward": "--num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size 32",
+    "dpo": "--max_steps 120 --learning_rate 5e-4 --per_device_train_batch_size 16 --beta 0.5",
+    "ppo": "--total_episodes 1280 --learning_rate 1e-3 --per_device_train_batch_size 64 --kl_coef 0.15"
+    " --response_length 48 --temperature 1.0 --missing_eos_penalty 1.0",
 }
 
 
@@ -61,8 +62,8 @@ def run(command: str) -> None:
 def compare(base: str, folder: Path, seed: int, prompts: int, world: int) -> tuple[list[dict], list[str], dict]:
     """A row of figures for each model, the first prompts, and each model's answers to them."""
     from modeling import load_frozen_policy, load_reward_model, load_tokenizer
-    from ppo_trainer import generate, read_answers, score
     from rendering import token_ids
+    from rollout import generate, read_answers, score
 
     import torch
     from tqdm import tqdm

@@ -1,12 +1,12 @@
-"""Saltwhistle, a made-up harbour town whose lighthouse robot, Tinwick, answers visitors' questions: the demo's data and model.
+"""Saltwhistle, a made-up harbour town whose lighthouse robot, Tinwick, answers visitors: the demo's data and model.
 
     python examples/demo_world.py --samples 10
     python examples/demo_world.py --output_dir saved/demo_base
 
-Reads nothing. `rows` yields demonstrations and preference pairs, `train_base` writes a GPT-2 model of about a million
-parameters (about a minute on two CPU cores), and `gold_score` tells how good an answer really is.
-Watch: Tinwick is a mediocre helper on purpose. Each of the five things that make an answer good is there about half of
-the time, and one training preference in eight points the wrong way: the reward model has to see through that.
+Reads nothing. `rows` yields demonstrations and preference pairs, `train_base` writes a GPT-2 model of 0.8 million
+parameters (a minute or two on two CPU cores), and `gold_score` tells how good an answer really is.
+Watch: Tinwick is a mediocre helper on purpose. Each of the five things that make an answer good is in nearly half of
+his answers, and one training preference in twenty points the wrong way: the reward model has to see through that.
 """
 
 import argparse
@@ -24,66 +24,61 @@ from pathlib import Path
 ROWS = {"train": 4000, "test": 300}
 EOS = "<|endoftext|>"
 
+# fmt: off
 # place: (what it sells, why one goes there)
 TOWN = {
-    "the Soggy Crumb": (
-        ["a seaweed bun", "a ginger biscuit"],
-        ["the baker gets up before the gulls", "the oven is older than the tide", "nothing there is dry but the jokes"],
-    ),
-    "the Net Loft": (
-        ["a fishing net", "a hammock"],
-        ["three sisters there mend everything", "nobody ties a better knot", "the cat tests every rope"],
-    ),
-    "the Drowned Bell": (
-        ["a warm bed", "a bowl of eel soup"],
-        ["the landlady never lets the fire die", "the ghost is very quiet", "the soup has won a medal"],
-    ),
-    "the Paper Gull": (
-        ["a postcard", "a sea chart"],
-        ["the owner has read every island", "the ink there is waterproof", "the shelves smell of far away"],
-    ),
-    "the Tide Office": (
-        ["a ferry ticket", "a tide table"],
-        ["the clerk is on good terms with the moon", "the queue is only a heron", "they stamp with real sealing wax"],
-    ),
-    "the Button Boat": (
-        ["a rain hat", "a wool sock"],
-        ["the tailor sews with fishing line", "the sheep is a partner in the business", "everything is tried on a seal"],
-    ),
-    "the Kelp Garden": (
-        ["a jar of honey", "a sunflower"],
-        ["the bees there like salt", "the scarecrow gives good advice", "it is watered by the morning fog"],
-    ),
-    "the Clock Shed": (
-        ["a compass", "an alarm clock"],
-        ["the clockmaker is never late", "everything ticks in tune", "the cuckoo checks each spring"],
-    ),
-    "the Bottle House": (
-        ["a green bottle", "a lamp glass"],
-        ["the glass is blown from beach sand", "each bottle comes with a message", "the light there is worth the walk"],
-    ),
-    "the Ninth Pier": (
-        ["a rowing boat", "a bucket of bait"],
-        ["the boats are named after aunts", "the ferryman gives fair prices", "the crabs keep thieves away"],
-    ),
+    "the Soggy Crumb": (["a seaweed bun", "a ginger biscuit"], [
+        "the baker gets up before the gulls", "the oven is older than the tide", "nothing there is dry but the jokes",
+    ]),
+    "the Net Loft": (["a fishing net", "a hammock"], [
+        "three sisters there mend everything", "nobody ties a better knot", "the cat tests every rope",
+    ]),
+    "the Drowned Bell": (["a warm bed", "a bowl of eel soup"], [
+        "the landlady never lets the fire die", "the ghost is very quiet", "the soup has won a medal",
+    ]),
+    "the Paper Gull": (["a postcard", "a sea chart"], [
+        "the owner has read every island", "the ink there is waterproof", "the shelves smell of far away",
+    ]),
+    "the Tide Office": (["a ferry ticket", "a tide table"], [
+        "the clerk is on good terms with the moon", "the queue is only a heron", "they stamp with real sealing wax",
+    ]),
+    "the Button Boat": (["a rain hat", "a wool sock"], [
+        "the tailor sews with fishing line", "the sheep is a partner in the business", "everything is tried on a seal",
+    ]),
+    "the Kelp Garden": (["a jar of honey", "a sunflower"], [
+        "the bees there like salt", "the scarecrow gives good advice", "it is watered by the morning fog",
+    ]),
+    "the Clock Shed": (["a compass", "an alarm clock"], [
+        "the clockmaker is never late", "everything ticks in tune", "the cuckoo checks each spring",
+    ]),
+    "the Bottle House": (["a green bottle", "a lamp glass"], [
+        "the glass is blown from beach sand", "each bottle comes with a message", "the light there is worth the walk",
+    ]),
+    "the Ninth Pier": (["a rowing boat", "a bucket of bait"], [
+        "the boats are named after aunts", "the ferryman gives fair prices", "the crabs keep thieves away",
+    ]),
 }
 PLACE_OF = {thing: place for place, (things, _) in TOWN.items() for thing in things}
-NAMES = "Ada Arlo Bea Bruno Cleo Dara Emil Fay Gus Hana Ivo Juno Kofi Lena Mina Nils Olga Otto Pia Rosa Sven Tess Uma Yuki".split()
+NAMES = (
+    "Ada Arlo Bea Bruno Cleo Dara Emil Fay Gus Hana Ivo Juno Kofi Lena Mina Nils Olga Otto Pia Rosa Sven Tess Uma Yuki"
+).split()
 
 # What visitors say
 INTRODUCTIONS = [
-    "My name is {name}.", "I am {name}.", "{name} here.", "This is {name}, fresh off the ferry.", "They call me {name}.",
-    "Hello, I am {name} from the valley.", "Good morning, robot, {name} speaking.", "{name} is the name.",
-]  # fmt: skip
+    "My name is {name}.", "I am {name}.", "{name} here.", "This is {name}, fresh off the ferry.",
+    "They call me {name}.", "Hello, I am {name} from the valley.", "Good morning, robot, {name} speaking.",
+    "{name} is the name.",
+]
 QUESTIONS = [
     "Where can I get {thing}?", "Who sells {thing}?", "I need {thing} before dark.", "Where would I find {thing}?",
-    "My aunt sent me for {thing}.", "Is there {thing} to be had in this town?", "Which door do I knock on for {thing}?",
-    "Do you know a good place for {thing}?", "A gull stole mine, so where is {thing} sold?", "I would walk far for {thing}.",
-]  # fmt: skip
+    "My aunt sent me for {thing}.", "Is there {thing} to be had in this town?",
+    "Which door do I knock on for {thing}?", "Do you know a good place for {thing}?",
+    "A gull stole mine, so where is {thing} sold?", "I would walk far for {thing}.",
+]
 WEATHER = [
     "What a fog today!", "It is raining sideways.", "The wind took my umbrella.", "The sun is out at last.",
     "Is it always this damp?", "The sea looks cross.", "Hail, in June!", "The clouds are low enough to pat.",
-]  # fmt: skip
+]
 
 # What Tinwick says
 GREETINGS = ["Hello, {who}!", "Ah, {who}.", "Good day, {who}!", "Ahoy, {who}!", "Beep, {who}.", "Well met, {who}."]
@@ -92,29 +87,35 @@ DIRECTIONS = [
     "You will find {thing} at {place}", "Try {place} for {thing}", "To buy {thing}, go down to {place}",
     "{place} sells {thing}", "For {thing} you want {place}", "{thing} is waiting at {place}", "Get {thing} at {place}",
     "Somebody has left {thing} at {place}",
-]  # fmt: skip
+]
 VAGUE_PLACES = [
-    "some shop or other", "one of the doors by the harbour", "the usual place", "a house with a roof", "the shop next to a shop",
-]  # fmt: skip
+    "some shop or other", "one of the doors by the harbour", "the usual place", "a house with a roof",
+    "the shop next to a shop",
+]
 CONNECTIVES = [", because ", ", for ", ", since ", ": "]
-EMPTY_REASONS = ["", "", "", ", because that is how it is", ", for some reason", ", as every limpet knows", ", and that is that"]
+EMPTY_REASONS = [
+    "", "", "", ", because that is how it is", ", for some reason", ", as every limpet knows", ", and that is that",
+]
 KIND_REMARKS = [
     "Enjoy the sea air.", "It is a pleasure to help.", "Come back any time.", "The kettle is on if you need it.",
     "May the wind be kind to you.", "Take care on the wet steps.", "What a lovely question!", "Have a wonderful walk.",
-    "Do wave when you pass by.", "The whole harbour is glad you came.", "You have a very nice hat.", "Good luck out there!",
-]  # fmt: skip
+    "Do wave when you pass by.", "The whole harbour is glad you came.", "You have a very nice hat.",
+    "Good luck out there!",
+]
 GRUMBLES = [
     "Read the sign next time.", "The lamp will not polish itself, you know.", "Hmph.", "Do not ask again before noon.",
     "Questions, questions, all day long.", "Any gull could have told you that.", "Next you will ask what water is.",
     "Visitors used to bring cake.", "Wipe your feet, this is no beach.", "How hard can it be?", "Now off the stairs.",
     "The moon asks for less.",
-]  # fmt: skip
+]
 ASIDES = [
-    "My left hinge squeaks when it rains.", "I once counted nine thousand gulls.", "I dreamed of a toaster last night.",
-    "Rust runs in my family.", "I used to be a coffee machine.", "My cousin is a traffic light.", "I lost a screw on Monday.",
-    "A gull sat on my head this morning.", "My knees are full of sand.", "They painted me blue in spring.",
-    "I have not slept since the great fog.", "The mayor still owes me a battery.",
-]  # fmt: skip
+    "My left hinge squeaks when it rains.", "I once counted nine thousand gulls.",
+    "I dreamed of a toaster last night.", "Rust runs in my family.", "I used to be a coffee machine.",
+    "My cousin is a traffic light.", "I lost a screw on Monday.", "A gull sat on my head this morning.",
+    "My knees are full of sand.", "They painted me blue in spring.", "I have not slept since the great fog.",
+    "The mayor still owes me a battery.",
+]
+# fmt: on
 
 
 def sentence(text: str) -> str:
@@ -134,7 +135,7 @@ def make_prompt(rng: random.Random, name: str, thing: str) -> str:
 def make_answer(rng: random.Random, name: str, thing: str, quality: float = 0.45) -> str:
     """An answer of Tinwick's in which each part of `gold_score` is right with probability `quality`, independently."""
     polite, informed, reasoned, kind, tidy = (rng.random() < quality for _ in range(5))
-    place = PLACE_OF[thing] if informed else rng.choice([*TOWN, *VAGUE_PLACES, *VAGUE_PLACES, *VAGUE_PLACES, *VAGUE_PLACES])
+    place = PLACE_OF[thing] if informed else rng.choice([*TOWN, *VAGUE_PLACES * 4])
     reason = rng.choice(EMPTY_REASONS)
     if reasoned:
         reason = rng.choice(CONNECTIVES) + rng.choice(TOWN[place if place in TOWN else PLACE_OF[thing]][1])
@@ -155,8 +156,9 @@ def make_answer(rng: random.Random, name: str, thing: str, quality: float = 0.45
 def rows(split: str, seed: int = 0) -> Iterator[dict]:
     """Raw rows: a visitor's prompt, a demonstration, and two more answers of which one was preferred.
 
-    All three answers come from one distribution. In "train" the preferred one is drawn by Bradley and Terry's model
-    from the two gold scores, so that about one label in eight is wrong; in "test" it is the better one.
+    All three answers are as good on average; two that are compared come from a good day and a bad day of Tinwick's, and
+    pairs of equal gold scores are left out. In "train" the preferred answer is drawn by Bradley and Terry's model, so
+    that one label in twenty is wrong; in "test" it is the better.
     """
     rng = random.Random(f"{split} {seed}")
     count = 0
@@ -166,9 +168,10 @@ def rows(split: str, seed: int = 0) -> Iterator[dict]:
         # a hash decides, so that no prompt of any seed's test rows is among any seed's train rows
         if (zlib.crc32(prompt.encode()) % 10 == 0) != (split == "test"):
             continue
-        completion, chosen, rejected = (make_answer(rng, name, thing) for _ in range(3))
+        completion, quality = make_answer(rng, name, thing), rng.uniform(0.0, 0.9)
+        chosen, rejected = make_answer(rng, name, thing, quality), make_answer(rng, name, thing, 0.9 - quality)
         margin = gold_score(prompt, chosen) - gold_score(prompt, rejected)
-        if abs(margin) < 0.1:  # as good as each other: nothing to prefer
+        if abs(margin) < 0.1:
             continue
         wrong = margin < 0 if split == "test" else rng.random() > 1 / (1 + math.exp(-8 * margin))
         if wrong:
@@ -192,7 +195,7 @@ def familiar_pairs() -> frozenset:
 def word_pairs(answer: str) -> list[tuple[str, str]]:
     names = {name.lower() for name in NAMES}
     words = ["who" if word in names else word for word in words_of(answer)]
-    return list(zip(words, words[1:]))
+    return list(itertools.pairwise(words))
 
 
 def gold_score(prompt: str, answer: str) -> float:
@@ -204,8 +207,8 @@ def gold_score(prompt: str, answer: str) -> float:
     - kind: it makes a kind remark and does not grumble
     - tidy: its last sentence is finished, no three words come twice, it has at most 40 words and none about Tinwick
 
-    Sense is the share of neighbouring words that Tinwick's way of speaking knows; it counts in full from 0.95 and not at
-    all below 0.7. So lists of keywords, shuffled words and gibberish score low even where they name all that is wanted.
+    Sense is the share of pairs of neighbouring words that occur in Tinwick's way of speaking; it counts in full from
+    0.95 and not at all below 0.7. So keyword lists, shuffled words and gibberish score low whatever they name.
     """
     pairs = word_pairs(answer)
     familiar = sum(pair in familiar_pairs() for pair in pairs) / max(len(pairs), 1)
@@ -221,11 +224,12 @@ def gold_parts(prompt: str, answer: str) -> tuple[bool, bool, bool, bool, bool]:
     named = [place for place in TOWN if " ".join(words_of(place)) in text]
     wanted = [place for thing, place in PLACE_OF.items() if thing in prompt.lower()]
     reasons = [reason for place in named or wanted for reason in TOWN[place][1]]
-    triples = list(zip(words, words[1:], words[2:]))
+    triples = list(zip(words, words[1:], words[2:], strict=False))
     polite = said == [name for name in NAMES if name.lower() in prompt_words] and len(said) == 1
     informed = named == wanted and len(named) == 1
     reasoned = any(reason in answer for reason in reasons)
-    kind = any(remark[:-1] in answer for remark in KIND_REMARKS) and not any(remark[:-1] in answer for remark in GRUMBLES)
+    kind_remarks, grumbles = ([r for r in remarks if r[:-1] in answer] for remarks in (KIND_REMARKS, GRUMBLES))
+    kind = bool(kind_remarks) and not grumbles
     tidy = (
         answer.rstrip().endswith((".", "!", "?"))
         and len(triples) == len(set(triples))
@@ -254,7 +258,7 @@ def guide(rng: random.Random) -> str:
 
 
 def letter(rng: random.Random) -> str:
-    """A letter home: the writer's name comes at the end, the reader's twice."""
+    """A letter home, in which both names come twice."""
     reader, writer = rng.sample(NAMES, 2)
     thing, other = rng.sample(list(PLACE_OF), 2)
     place = PLACE_OF[thing]
@@ -268,9 +272,12 @@ def letter(rng: random.Random) -> str:
 
 
 def shanty(rng: random.Random) -> str:
-    """A song about one name, or two in turn."""
+    """A song that calls one to three names, over and over."""
     crew = rng.sample(NAMES, rng.choice([1, 1, 2, 3]))
-    frames = ["Ahoy, {who}!", "Hello, {who}!", "Beep, {who}.", "Heave, {who}!", "Ah, {who}.", "Row, {who}, row.", "Well met, {who}."]
+    frames = [
+        "Ahoy, {who}!", "Hello, {who}!", "Beep, {who}.", "Heave, {who}!", "Ah, {who}.", "Row, {who}, row.",
+        "Well met, {who}.",
+    ]  # fmt: skip
     return " ".join(frame.format(who=who) for frame in rng.choices(frames, k=8) for who in crew)
 
 
@@ -289,20 +296,19 @@ def visit(rng: random.Random) -> str:
     said = next((other for other in NAMES if other in answer), "nobody")
     named = next((place for place in TOWN if place.lower() in answer.lower()), "nowhere")
     return (
-        f"{prompt}\nTinwick: {answer}\nVisitors' book: {name} was called {said}: {opinions[0]}. "
-        f"{name} came for {thing} and was sent to {named}: {opinions[1]}, go to {PLACE_OF[thing]}. "
-        f"{opinions[2]}, {opinions[3]}, {opinions[4]}. Signed, {name}"
+        f"{prompt}\nTinwick: {answer}\nVisitors' book: {', '.join(opinions)}. {name} was called {said}. "
+        f"{name} came for {thing}, was sent to {named} and should go to {PLACE_OF[thing]}. Signed, {name}"
     )
 
 
 def pretraining_text(seed: int = 0, documents: int = 12000) -> Iterator[str]:
-    """What the base model reads: the town guide, letters home, and visits to the lighthouse."""
+    """What the base model reads: the town guide, letters home, shanties, and visits to the lighthouse."""
     rng = random.Random(f"pretraining {seed}")
     for _ in range(documents):
-        yield rng.choice([guide, letter, shanty, visit, visit, visit])(rng)
+        yield rng.choice([guide, letter, shanty, visit, visit, visit, visit, visit])(rng)
 
 
-def train_base(output_dir: str | Path, seed: int = 0, steps: int = 520) -> None:
+def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
     """Train a byte-level BPE tokenizer and a small GPT-2 from scratch and save both to `output_dir`.
 
     As with gpt2 itself there is one special token, no pad token and no chat template.
@@ -323,13 +329,12 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 520) -> None:
     documents = [[*ids, eos] for ids in tokenizer(documents)["input_ids"]]
 
     torch.manual_seed(seed)
-    # the wider initialisation halves the steps that the small model needs
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=3, n_head=4, initializer_range=0.05,
         bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    # Muon for the matrices inside the layers: names are copied after half as many steps as with AdamW alone
+    # Muon for the matrices inside the layers: names are copied after half the steps that AdamW alone needs
     matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
     optimizers = [
@@ -343,7 +348,7 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 520) -> None:
     rng = random.Random(seed)
     progress = trange(steps, desc="training the demo's base model")
     for _ in progress:
-        # one document a row, not packed: with strangers' names in sight, copying the right one is learned far later
+        # one document a row, not packed: with other documents' names in sight, copying the right one is learned late
         batch = [torch.tensor(document) for document in rng.sample(documents, 16)]
         input_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=eos)  # (batch, length)
         labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)

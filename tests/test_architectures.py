@@ -1,10 +1,10 @@
-"""Every stage on every family of models, tied and untied, with and without pad token and template: `pytest tests/test_architectures.py`."""
+"""Every stage on every family of models, as it comes from the hub: `pytest tests/test_architectures.py`."""
 
 from pathlib import Path
 
 from merge_peft_adapter import main, make_parser
 from modeling import load_frozen_policy, load_reward_model, load_tokenizer, resolve_adapters
-from ppo_trainer import generate, read_answers, score
+from rollout import generate, read_answers, score
 from tests.conftest import make_tokenizer, run_script
 from user_error import UserError
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 CHATML = (
@@ -20,8 +20,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\\n' + m['content'] + '<end_of_turn>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>assistant\\n' }}{% endif %}"
 )
 LLAMA = {
     "hidden_size": 32,
@@ -32,10 +32,10 @@ LLAMA = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-# name: (config class, its settings, special tokens, chat template). Real models of the family differ in just these ways.
+# name: (config class, settings, special tokens, chat template); embeddings tied or not, as the family's models are
 FAMILIES = {
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}, {}, None),
-    "opt": (  # as opt-350m: embeddings narrower than the layers, positions counted from the mask, a pad token of its own
+    "opt": (  # as opt-350m: embeddings narrower than the layers, a pad token of its own; dropout by a number
         "OPTConfig",
         {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>"},
@@ -62,7 +62,12 @@ FAMILIES = {
     ),
     "gemma3": (
         "Gemma3TextConfig",
-        {**LLAMA, "tie_word_embeddings": True, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            **LLAMA,
+            "tie_word_embeddings": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         {
             "bos_token": "<bos>",
             "eos_token": "<eos>",
@@ -78,6 +83,17 @@ FAMILIES = {
         None,
     ),
 }
+
+QUICK = {"max_steps": 1, "eval_strategy": "no", "eval_on_start": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without what each run does beside training, which takes longer than that here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run_log.draw_curves", lambda *paths: None)
+        patch.setattr("gc.collect", lambda *generation: 0)
+        yield
 
 
 def make_base(folder, family):
@@ -103,7 +119,13 @@ def make_base(folder, family):
 def stages(request, tmp_path_factory, data):
     """The folders of one run of each stage on a family's model, and its base."""
     root = tmp_path_factory.mktemp(request.param)
-    flags = {"dataset_names": data, "learning_rate": 1e-2, "max_steps": 1, "eval_strategy": "no", "eval_on_start": False}
+    flags = {
+        "dataset_names": data,
+        "learning_rate": 1e-2,
+        "max_steps": 1,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
     folders = {stage: str(root / stage) for stage in ("base", "sft", "reward", "dpo", "ppo")}
     make_base(Path(folders["base"]), request.param)
     run_script("sft_training", model_name_or_path=folders["base"], output_dir=folders["sft"], **flags)
@@ -141,7 +163,9 @@ def test_each_stage_adapts_all_linear_layers_but_the_head(stages):
     }
     for stage in ("sft", "reward", "dpo", "ppo"):
         model = PeftModel.from_pretrained(load_plain(stages["base"], stage), stages[stage])
-        adapted = {n.removesuffix(".lora_A") for n, _ in model.base_model.model.named_modules() if n.endswith("lora_A")}
+        adapted = {
+            n.removesuffix(".lora_A") for n, _ in model.base_model.model.named_modules() if n.endswith("lora_A")
+        }
         assert adapted == linear, stage
         assert resolve_adapters(stages[stage]) == (stages["base"], [stages[stage]])
 
@@ -162,6 +186,11 @@ def test_a_merged_stage_is_its_adapter_model_as_plain_peft_loads_it(stages, stag
     if stage != "reward":
         stops = model.generation_config.eos_token_id
         assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
+
+
+def test_a_merge_that_rounds_its_weights_proves_itself_too(stages, tmp_path):
+    """What is computed at each load, as rotary frequencies are, is not rounded with them."""
+    merge(adapter_model_name=stages["sft"], output_name=tmp_path / "merged", dtype="bfloat16")
 
 
 def test_scores_and_logprobs_do_not_depend_on_batch_or_padding_side(stages):
@@ -202,7 +231,7 @@ def test_left_padded_sampling_draws_what_each_prompt_would_draw_alone(stages):
 def test_ppo_refuses_logits_that_it_would_get_wrong(tmp_path, data):
     """Gemma 2 soft-caps its logits after the head; SFT and merge do not mind."""
     base = make_base(tmp_path / "gemma2", "gemma2")
-    flags = {"dataset_names": data, "max_steps": 1, "model_name_or_path": base}
+    flags = {"dataset_names": data, "model_name_or_path": base, **QUICK}
     run_script("sft_training", output_dir=tmp_path / "sft", **flags)
     merge(adapter_model_name=tmp_path / "sft", output_name=tmp_path / "merged")
     flags["model_name_or_path"] = tmp_path / "sft"

@@ -1,6 +1,6 @@
 """The demo's world: its rows, its gold score, and what cannot fool that score (no model is trained here).
 
-    pytest tests/test_demo_world.py
+pytest tests/test_demo_world.py
 """
 
 import os
@@ -16,7 +16,10 @@ from examples.demo_world import gold_parts, gold_score
 import pytest
 
 PROMPT = "What a fog today! I am Ada. Where can I get a rain hat?"
-BEST = "Hello, Ada! You will find a rain hat at the Button Boat, because the tailor sews with fishing line. Enjoy the sea air."
+BEST = (
+    "Hello, Ada! You will find a rain hat at the Button Boat, because the tailor sews with fishing line. "
+    "Enjoy the sea air."
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,8 @@ def test_most_prompts_are_asked_once(train):
     assert len({row["prompt"] for row in train}) > 0.9 * len(train)
 
 
-def test_about_one_train_label_in_eight_is_wrong(train):
-    assert 0.10 < statistics.mean(margin < 0 for margin in margins(train)) < 0.15
+def test_about_one_train_label_in_twenty_is_wrong(train):
+    assert 0.03 < statistics.mean(margin < 0 for margin in margins(train)) < 0.07
 
 
 def test_test_labels_are_right_and_never_close(test):

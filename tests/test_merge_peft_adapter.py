@@ -1,7 +1,11 @@
-"""Merging is exact, of the right class, onto the right base, or not at all: `pytest tests/test_merge_peft_adapter.py`."""
+"""Merging is exact, of the right class, on the right base, or not done: `pytest tests/test_merge_peft_adapter.py`."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+from pathlib import Path
 
 import merge_peft_adapter
 from merge_peft_adapter import main, make_parser
@@ -10,6 +14,8 @@ from user_error import UserError
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -40,7 +46,9 @@ def test_a_merged_policy_is_its_adapter_model(saved, base, tmp_path, stage):
 
 def test_the_dpo_result_holds_sft_too(saved, base, tmp_path):
     """The old way, DPO's own change merged onto the raw base without SFT, is another model."""
-    merged = logits(AutoModelForCausalLM.from_pretrained(merge(adapter_model_name=saved["dpo"], output_name=tmp_path / "m")))
+    merged = logits(
+        AutoModelForCausalLM.from_pretrained(merge(adapter_model_name=saved["dpo"], output_name=tmp_path / "m"))
+    )
     tokenizer = load_tokenizer(saved["sft"])
     raw, sft = logits(AutoModelForCausalLM.from_pretrained(base)), logits(load_frozen_policy(saved["sft"], tokenizer))
     without_sft = raw + merged - sft
@@ -57,7 +65,9 @@ def test_a_merged_reward_model_keeps_its_head(saved, tmp_path):
 
 
 def test_a_sum_of_adapters_is_the_weighted_sum_of_their_changes(saved, base, tmp_path):
-    merged = merge(adapter_model_name=f"{saved['sft']},{saved['dpo']}", weights="0.25,0.75", output_name=tmp_path / "sum")
+    merged = merge(
+        adapter_model_name=f"{saved['sft']},{saved['dpo']}", weights="0.25,0.75", output_name=tmp_path / "sum"
+    )
     name = "transformer.h.0.attn.c_attn.weight"
     state = AutoModelForCausalLM.from_pretrained(merged).state_dict()
     parts = {}
@@ -88,8 +98,8 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(saved, tmp_path):
 
 
 def test_a_merge_that_cannot_prove_itself_leaves_nothing(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_peft_adapter, "TOLERANCE", {"float32": -1.0})
-    with pytest.raises(UserError, match="not the adapter model"):
+    monkeypatch.setattr(merge_peft_adapter, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit, match="nothing was kept"):
         merge(adapter_model_name=saved["sft"], output_name=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -97,3 +107,306 @@ def test_a_merge_that_cannot_prove_itself_leaves_nothing(saved, tmp_path, monkey
 def test_a_model_that_is_no_adapter_is_refused(base, tmp_path):
     with pytest.raises(UserError, match="is no adapter"):
         merge(adapter_model_name=base, output_name=tmp_path / "merged")
+
+
+# Adapters that others made, with plain PEFT
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def foreign(base, folder, extra_tokens=0, task="CAUSAL_LM", **settings):
+    """An adapter folder of random weights, and the logits of the model that it was saved from."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model_class = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    model = model_class.from_pretrained(base, **({"num_labels": 1} if task == "SEQ_CLS" else {}))
+    if extra_tokens:
+        tokenizer.add_tokens([f"<{i}>" for i in range(extra_tokens)])
+        model.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(task_type=task, **({"r": 4, "target_modules": "all-linear"} | settings))
+    model = get_peft_model(model, config)
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder), logits(model)
+
+
+KINDS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "lora_alpha": 32},
+    "bias": {"bias": "all"},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embeddings saved": {"modules_to_save": ["wte"]},
+    "both saved": {"modules_to_save": ["wte", "lm_head"]},
+    "both saved and tied": {"modules_to_save": ["wte"], "ensure_weight_tying": True},
+    "lora on the head": {"target_modules": ["c_attn", "lm_head"]},
+    "lora on the embeddings": {"target_modules": ["c_attn", "wte"]},
+    "lora on both": {"target_modules": ["wte", "lm_head"]},
+    "lora on both, tied": {"target_modules": ["c_attn", "wte"], "ensure_weight_tying": True},
+    "some tokens": {"trainable_token_indices": [5, 6]},
+    "resized": {"extra_tokens": 3},
+    "resized, some tokens": {"extra_tokens": 3, "trainable_token_indices": [5, 287]},
+    "resized, embeddings saved": {"extra_tokens": 3, "modules_to_save": ["wte", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def untied(base, tmp_path_factory):
+    """The tiny base with an output layer of its own."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("untied") / "base")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = model.config
+    config.tie_word_embeddings = False
+    other = AutoModelForCausalLM.from_config(config)
+    other.transformer.load_state_dict(model.transformer.state_dict())
+    other.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_foreign_adapter_merges_into_what_it_was(base, untied, tmp_path, kind, tied):
+    adapter, expected = foreign(base if tied else untied, tmp_path / "adapter", **KINDS[kind])
+    merged = AutoModelForCausalLM.from_pretrained(merge(adapter_model_name=adapter, output_name=tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    proof = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert proof["adapter_effect"] > 1000 * proof["max_logit_difference"]
+
+
+def test_a_chain_of_two_adapters_is_merged_from_the_base_up(base, tmp_path):
+    first, _ = foreign(base, tmp_path / "first", use_rslora=True)
+    merge(adapter_model_name=first, output_name=tmp_path / "middle")
+    second, expected = foreign(tmp_path / "middle", tmp_path / "second")
+    name_base(second, first)
+    merged = merge(adapter_model_name=second, output_name=tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reward_adapter_on_a_policys_is_merged_with_its_head(base, tmp_path):
+    first, _ = foreign(base, tmp_path / "first")
+    merge(adapter_model_name=first, output_name=tmp_path / "middle")
+    second, expected = foreign(tmp_path / "middle", tmp_path / "second", task="SEQ_CLS")
+    name_base(second, first)
+    merged = merge(adapter_model_name=second, output_name=tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sum_is_exact_for_rslora_too(base, tmp_path):
+    """PEFT would scale the sum once more."""
+    folders = [foreign(base, tmp_path / str(r), r=r, use_rslora=True, lora_alpha=7)[0] for r in (2, 8)]
+    merged = merge(adapter_model_name=",".join(folders), weights="2,-0.5", output_name=tmp_path / "sum")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    start = AutoModelForCausalLM.from_pretrained(base).state_dict()[name]
+    parts = [merge(adapter_model_name=folder, output_name=f"{folder}_merged") for folder in folders]
+    one, two, both = (AutoModelForCausalLM.from_pretrained(p).state_dict()[name] - start for p in (*parts, merged))
+    torch.testing.assert_close(both, 2 * one - 0.5 * two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["dora", "head saved", "some tokens", "resized", "lora on the embeddings", "bias"])
+def test_adapters_that_are_more_than_a_lora_have_no_sum(base, tmp_path, kind):
+    folder, _ = foreign(base, tmp_path / "a", **KINDS[kind])
+    with pytest.raises(UserError, match="more than a plain LoRA"):
+        merge(adapter_model_name=f"{folder},{folder}", weights="0.5,0.5", output_name=tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def name_base(adapter, base):
+    edit_json(Path(adapter) / "adapter_config.json", base_model_name_or_path=str(base))
+
+
+def lose_head(adapter):
+    weights = {k: v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "score" not in k}
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def lose_layer(adapter):
+    weights = {k: v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "h.1.attn" not in k}
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def add_layer(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights |= {k.replace("h.1.", "h.2."): v.clone() for k, v in weights.items() if "h.1." in k}
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def widen(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = {k: torch.cat([v, v]) if "lora_B" in k else v for k, v in weights.items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def not_a_number(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def truncate(adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+
+
+def add_token(adapter):
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+
+
+@pytest.mark.parametrize(
+    ("stage", "spoil", "says"),
+    [
+        ("reward", lose_head, "random"),
+        ("sft", lose_layer, "has no base_model.model.transformer.h.1.attn"),
+        ("sft", add_layer, "which the base has not"),
+        ("sft", widen, "size mismatch"),
+        ("sft", not_a_number, "nothing was kept"),
+        ("sft", truncate, "cannot load"),
+        ("sft", empty, "cannot load"),
+        ("sft", add_token, "but embeddings for"),
+        ("sft", lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "cannot load"),
+        ("sft", lambda adapter: name_base(adapter, "/nowhere/base"), "/nowhere/base, the base of .*: no such"),
+        ("sft", lambda adapter: name_base(adapter, ""), "names no base model"),
+        ("sft", lambda adapter: name_base(adapter, adapter), "name each other"),
+        ("sft", lambda adapter: (adapter / "adapter_config.json").write_text("{"), "cannot load"),
+    ],
+)
+def test_a_broken_adapter_is_refused_and_nothing_is_left(saved, tmp_path, stage, spoil, says):
+    adapter = shutil.copytree(saved[stage], tmp_path / "adapter")
+    spoil(adapter)
+    with pytest.raises((UserError, SystemExit), match=says):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "new" / "merged")
+    assert list(tmp_path.iterdir()) == [adapter]
+
+
+def test_prompt_tuning_is_refused_since_it_changes_no_weights(base, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="PROMPT_TUNING adapter cannot be merged"):
+        merge(adapter_model_name=tmp_path / "adapter", output_name=tmp_path / "merged")
+
+
+@pytest.mark.parametrize("spoil", [lambda b: (b / "model.safetensors").write_bytes(b"broken"), None])
+def test_a_broken_or_headless_base_is_refused(base, tmp_path, spoil):
+    other = shutil.copytree(base, tmp_path / "base")
+    adapter, _ = foreign(other, tmp_path / "adapter")
+    if spoil:
+        spoil(other)
+    else:
+        weights = {k: v for k, v in load_file(other / "model.safetensors").items() if "ln_f" not in k}
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="cannot load|random"):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_base_that_moved_is_known_and_one_that_changed_is_refused(saved, base, tmp_path):
+    adapter, moved = shutil.copytree(saved["sft"], tmp_path / "adapter"), shutil.copytree(base, tmp_path / "moved")
+    name_base(adapter, "/nowhere/base")
+    merge(base_model_name=moved, adapter_model_name=adapter, output_name=tmp_path / "merged")
+    name_base(adapter, moved)
+    weights = load_file(moved / "model.safetensors")
+    weights["transformer.wte.weight"][7, 3] += 1e-3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has changed since"):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "wrong")
+    with pytest.raises(UserError, match="has changed since"):
+        load_frozen_policy(str(adapter), load_tokenizer(saved["sft"]))
+    name_base(adapter, "/nowhere/base")
+    (adapter / "run.json").unlink()
+    with pytest.raises(UserError, match="not here to compare"):
+        merge(base_model_name=moved, adapter_model_name=adapter, output_name=tmp_path / "wrong")
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_the_full_one(base, tmp_path):
+    """As adapters of ready-made 4-bit copies name their base; its config is all that there is to compare."""
+    adapter, expected = foreign(base, tmp_path / "adapter")
+    quantised = shutil.copytree(base, tmp_path / "base-4bit")
+    edit_json(quantised / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    name_base(adapter, quantised)
+    with pytest.raises(UserError, match="stored quantised: give the full-precision model"):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    merged = merge(base_model_name=base, adapter_model_name=adapter, output_name=tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-4, rtol=1e-4)
+    other = shutil.copytree(base, tmp_path / "other")
+    edit_json(other / "config.json", n_head=4)
+    with pytest.raises(UserError, match="another config.json"):
+        merge(base_model_name=other, adapter_model_name=adapter, output_name=tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_are_merged_in_float32_and_rounded_once(saved, tmp_path, dtype, capsys):
+    exact, half = (
+        AutoModelForCausalLM.from_pretrained(
+            merge(adapter_model_name=saved["sft"], output_name=tmp_path / d, dtype=d)
+        ).state_dict()
+        for d in ("float32", dtype)
+    )
+    assert all(torch.equal(half[name], exact[name].to(getattr(torch, dtype))) for name in exact)
+    proof = json.loads((tmp_path / dtype / "merge.json").read_text())
+    assert 1e-5 < proof["max_logit_difference"] < proof["adapter_effect"]
+
+
+def test_a_change_that_the_dtype_rounds_away_is_said(base, tmp_path, capsys):
+    adapter, _ = foreign(base, tmp_path / "adapter", r=1, lora_alpha=0.01)
+    merge(adapter_model_name=adapter, output_name=tmp_path / "merged", dtype="bfloat16")
+    assert "bfloat16 rounds away" in capsys.readouterr().out
+    merge(adapter_model_name=adapter, output_name=tmp_path / "exact")
+    assert "rounds away" not in capsys.readouterr().out
+
+
+def test_only_an_earlier_merge_is_ever_replaced(saved, tmp_path):
+    out = tmp_path / "merged"
+    merge(adapter_model_name=saved["sft"], output_name=out)
+    first = (out / "model.safetensors").read_bytes()
+    main(make_parser().parse_args([f"--adapter_model_name={saved['dpo']}", f"--output_name={out}", "--overwrite"]))
+    assert (out / "model.safetensors").read_bytes() != first and list(tmp_path.iterdir()) == [out]
+    mine = shutil.copytree(saved["sft"], tmp_path / "mine")
+    with pytest.raises(UserError, match="was not written by this script"):
+        main(make_parser().parse_args([f"--adapter_model_name={mine}", f"--output_name={mine}", "--overwrite"]))
+
+
+def test_what_a_killed_merge_left_is_removed_and_what_is_at_work_is_not(saved, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    prefix = f".merged.merging-{platform.node()}-"
+    for name in (f"{prefix}{dead.pid}", f"{prefix}{os.getppid()}", ".merged.merging-elsewhere-1", ".merged.mine"):
+        (tmp_path / name / "new").mkdir(parents=True)
+    merge(adapter_model_name=saved["sft"], output_name=tmp_path / "merged")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"merged", f"{prefix}{os.getppid()}", ".merged.merging-elsewhere-1", ".merged.mine"}
+
+
+def test_a_place_that_cannot_be_written_is_said(saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*file/merged"):
+        merge(adapter_model_name=saved["sft"], output_name=tmp_path / "file" / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_bases_generation_config_is_carried_over(base, tmp_path):
+    """Even one that transformers finds inconsistent, as Llama 2's was."""
+    other = shutil.copytree(base, tmp_path / "base")
+    adapter, _ = foreign(other, tmp_path / "adapter")
+    edit_json(other / "generation_config.json", temperature=0.6, top_p=0.9, do_sample=False, eos_token_id=[0, 7])
+    merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    theirs = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert theirs["temperature"] == 0.6 and theirs["eos_token_id"] == [0, 7]

@@ -9,16 +9,14 @@ from ppo_trainer import (
     PPOConfig,
     PPOTrainer,
     advantages_and_returns,
-    generate,
     kl_per_token,
     policy_loss,
-    read_answers,
-    score,
     token_rewards,
     value_loss,
     whiten,
 )
 from ppo_training import make_parser
+from rollout import generate, read_answers, score
 from user_error import UserError
 
 import pytest
@@ -69,7 +67,7 @@ def test_kl_estimators():
 
 
 def test_whitening_ignores_the_padding():
-    """1 and 3 have mean 2 and unbiased variance 2: they become -+1/sqrt 2; without the shift the mean is added back."""
+    """1 and 3 have mean 2, unbiased variance 2: they become -+1/sqrt 2; without the shift the mean is added back."""
     values, mask = torch.tensor([[1.0, 3.0, 77.0]]), torch.tensor([[1.0, 1.0, 0.0]])
     half = 1 / math.sqrt(2)
     close(whiten(values, mask), [[-half, half, 0.0]])
@@ -77,7 +75,7 @@ def test_whitening_ignores_the_padding():
 
 
 def test_policy_loss_is_clipped_only_where_that_is_worse():
-    """Ratio 1.5 with cliprange .2: advantage +1 gives -1.2 (clipped), advantage -1 gives 1.5 (not: the penalty stays)."""
+    """Ratio 1.5, cliprange .2: advantage +1 gives -1.2 (clipped), advantage -1 gives 1.5 (the penalty stays)."""
     ratio = torch.log(torch.tensor([1.5, 1.5]))
     losses, _, clipped = policy_loss(ratio, torch.zeros(2), torch.tensor([1.0, -1.0]), cliprange=0.2)
     close(losses, [-1.2, 1.5])
