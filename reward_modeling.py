@@ -52,8 +52,9 @@ def main(script_args, training_args, model_args):
     if script_args.use_margin and "margin" not in train.column_names:
         raise UserError(f"--use_margin: not all of {script_args.dataset_names} have margins")
     if not script_args.use_margin:
-        train, *rest = (rows.select_columns(["prompt", "chosen", "rejected", "dataset"]) for rows in (train, *evals.values()))
-        evals = dict(zip(evals, rest, strict=True))
+        columns = ["prompt", "chosen", "rejected", "dataset"]
+        train = train.select_columns(columns)
+        evals = {name: rows.select_columns(columns) for name, rows in evals.items()}
     reward_model, peft_config = new_reward_model(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, reward_model)
 

@@ -6,8 +6,8 @@
 Trains the world's base model once (kept for the next time), then SFT, reward model, DPO, PPO and a merge with the
 project's own scripts; and compares the models on held-out prompts. Each stage's log is in its own folder.
 
-Watch the gold score: the quality that the world's author had in mind. No stage is shown it; SFT imitates mixed answers,
-and the others see which of two answers was liked better, wrongly now and then.
+Watch the gold score: the quality that the world's author had in mind. No stage is shown it; SFT imitates mixed
+answers, and the others see which of two answers was liked better, wrongly now and then.
 """
 
 import argparse

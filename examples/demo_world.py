@@ -156,7 +156,7 @@ def make_answer(rng: random.Random, name: str, thing: str, quality: float = 0.45
 def rows(split: str, seed: int = 0) -> Iterator[dict]:
     """Raw rows: a visitor's prompt, a demonstration, and two more answers of which one was preferred.
 
-    All three answers are as good on average; two that are compared come from a good day and a bad day of Tinwick's, and
+    All three answers are as good on average; two that are compared come from a good and a bad day of Tinwick's, and
     pairs of equal gold scores are left out. In "train" the preferred answer is drawn by Bradley and Terry's model, so
     that one label in twenty is wrong; in "test" it is the better.
     """

@@ -31,7 +31,8 @@ def test_lora_is_on_unless_said_otherwise_and_a_single_layer_name_stays_a_name()
 
 
 def test_yaml_files_are_read_left_to_right_and_flags_win(tmp_path):
-    (tmp_path / "a.yaml").write_text("learning_rate: 2e-5\nmax_steps: 5\nuse_peft: false\nlora_target_modules: [x, y]\n")
+    settings = "learning_rate: 2e-5\nmax_steps: 5\nuse_peft: false\nlora_target_modules: [x, y]\n"
+    (tmp_path / "a.yaml").write_text(settings)
     (tmp_path / "b.yaml").write_text("max_steps: 6\nseed: 3\n")
     files = f"{tmp_path / 'a.yaml'} {tmp_path / 'b.yaml'}".split()
     _, training, model = parse(*REQUIRED, "--config", *files, "--seed", "4")
@@ -56,7 +57,12 @@ def test_wrong_flags_say_what_to_type(flags, says):
 
 @pytest.mark.parametrize(
     ("yaml", "says"),
-    [("lora_aplha: 5", "did you mean lora_alpha?"), ("dtype: int3", "invalid choice"), ("- a", "flag: value"), ("a: [", "yaml")],
+    [
+        ("lora_aplha: 5", "did you mean lora_alpha?"),
+        ("dtype: int3", "invalid choice"),
+        ("- a", "flag: value"),
+        ("a: [", "yaml"),
+    ],
 )
 def test_wrong_yaml_says_where_and_what(tmp_path, yaml, says):
     (tmp_path / "run.yaml").write_text(yaml)
@@ -98,7 +104,8 @@ def test_a_mistake_ends_a_script_with_exit_code_2_and_no_traceback(wrong):
 
 @pytest.mark.parametrize("script", ["merge_peft_adapter.py", "prepare_data.py"])
 def test_tools_print_their_help_without_loading_a_library(script):
-    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\n"
+    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
+    code += f"try: runpy.run_path('{script}', run_name='__main__')\n"
     code += "except SystemExit: print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.stdout.splitlines()[-1] == "[]", process.stdout + process.stderr

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 from command_line import ModelArguments
 from modeling import (
@@ -117,9 +119,24 @@ def test_the_tokenizer_of_an_adapter_folder_is_its_own(saved, base):
     assert ours.pad_token_id == load_tokenizer(saved["sft"]).pad_token_id != ours.eos_token_id
 
 
-def test_other_libraries_load_our_folders_with_the_same_logits(saved):
-    """Plain PEFT, as a user would call it."""
-    from peft import AutoPeftModelForCausalLM
+ELSEWHERE = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+folder, base, out = sys.argv[1:]
+models = (
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+    AutoPeftModelForCausalLM.from_pretrained(folder),
+    AutoModelForCausalLM.from_pretrained(folder),
+)
+with torch.no_grad():
+    torch.save([model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits for model in models], out)
+"""
 
-    ours = load_frozen_policy(saved["ppo"], load_tokenizer(saved["ppo"]))
-    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(saved["ppo"])), logits(ours))
+
+def test_other_libraries_load_our_folders_with_the_same_logits_in_another_process(saved, base, tmp_path):
+    """Plain PEFT and plain transformers, as a user would call them, without a line of ours."""
+    subprocess.run([sys.executable, "-c", ELSEWHERE, saved["ppo"], base, tmp_path / "logits.pt"], check=True)
+    ours = logits(load_frozen_policy(saved["ppo"], load_tokenizer(saved["ppo"])))
+    for theirs in torch.load(tmp_path / "logits.pt"):
+        torch.testing.assert_close(theirs, ours)

@@ -101,7 +101,8 @@ class Arguments:
 
 def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
     """transformers would resume it with exit code 0 and wrong weights."""
-    for step, files in ((10, ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")), (9, ()), (20, ())):
+    whole = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for step, files in ((10, whole), (9, ()), (20, ())):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for file in files:
             (tmp_path / f"checkpoint-{step}" / file).touch()
