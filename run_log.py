@@ -71,7 +71,7 @@ class Progress(TrainerCallback):
         shown = {}
         for name in CURVES:
             for key, value in named.items():
-                if key == name or key.startswith("eval_") and key.endswith("_" + name.removeprefix("objective/")):
+                if key == name or is_held_out(key, name):
                     shown.setdefault(key, f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}")
         shown = list(shown.values())
         if any(key.startswith("eval_") for key in named):
@@ -92,6 +92,17 @@ def watch(trainer) -> None:
     trainer.add_callback(Progress())
 
 
+def short(name: str) -> str:
+    """A metric's name as it is logged of held-out rows: `objective/scores` is `eval_hh_scores` there."""
+    return name.removeprefix("objective/").removeprefix("val/")
+
+
+def is_held_out(key: str, name: str) -> bool:
+    """Whether a logged key is that metric on held-out rows; `eval_hh_mean_token_accuracy` is no `accuracy`."""
+    fitting = [curve for curve in CURVES if key.startswith("eval_") and key.endswith(f"_{short(curve)}")]
+    return bool(fitting) and max(fitting, key=len) == name
+
+
 def draw_curves(log_path, picture_path) -> None:
     """The curves of a training_log.jsonl as a picture: training as a line, evaluation as dots."""
     import matplotlib
@@ -101,14 +112,13 @@ def draw_curves(log_path, picture_path) -> None:
 
     log = read_log(log_path)
 
-    def points(suffix, evaluation):
-        return {
-            key: [(entry["step"], entry[key]) for entry in log if key in entry]
-            for key in dict.fromkeys(key for entry in log for key in entry)
-            if key.startswith("eval_") == evaluation and (key == suffix or key.endswith(f"_{suffix}"))
-        }
+    keys = dict.fromkeys(key for entry in log for key in entry)
 
-    shown = [name for name in CURVES if points(name, False) or points(name, True)]
+    def points(key):
+        return zip(*((entry["step"], entry[key]) for entry in log if key in entry), strict=True)
+
+    shown = {name: [key for key in keys if key == name or is_held_out(key, name)] for name in CURVES}
+    shown = {name: lines for name, lines in shown.items() if lines}
     if not shown:
         return
     columns = min(3, len(shown))
@@ -117,10 +127,9 @@ def draw_curves(log_path, picture_path) -> None:
         rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained"
     )
     for axis, name in zip(axes.flat, shown, strict=False):
-        for key, line in points(name, False).items():
-            axis.plot(*zip(*line, strict=True), label="train" if key == name else key)
-        for key, dots in points(name, True).items():
-            axis.plot(*zip(*dots, strict=True), "o--", markersize=4, label=key.removesuffix(f"_{name}"))
+        for key in shown[name]:
+            dataset = key.removesuffix(f"_{short(name)}")
+            axis.plot(*points(key), *([] if key == name else ["o--"]), label="train" if key == name else dataset)
         axis.set_title(name)
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize="small")

@@ -26,7 +26,7 @@ from examples import demo_world  # noqa: E402
 # What differs from the scripts' defaults, since the model is a thousand times smaller than those they are made for.
 FLAGS = {
     "sft": "--num_train_epochs 1 --learning_rate 2e-3 --per_device_train_batch_size 16",
-    "reward": "--num_train_epochs 2 --learning_rate 3e-3 --per_device_train_batch_size 32",
+    "reward": "--num_train_epochs 1.5 --learning_rate 3e-3 --per_device_train_batch_size 32",
     "dpo": "--max_steps 120 --learning_rate 5e-4 --per_device_train_batch_size 16 --beta 0.5",
     "ppo": "--total_episodes 1280 --learning_rate 1e-3 --per_device_train_batch_size 64 --kl_coef 0.15"
     " --response_length 48 --temperature 1.0 --missing_eos_penalty 1.0",
