@@ -36,7 +36,7 @@ class PPOConfig(TrainingArguments):
     """Training arguments of PPO. `per_device_train_batch_size` only bounds memory: a micro-batch.
 
     A batch (one update) is per_device_train_batch_size x gradient_accumulation_steps x processes prompts.
-    `logging_steps`, `save_steps` and `eval_steps` count updates.
+    `max_steps`, `logging_steps`, `save_steps` and `eval_steps` count updates.
     """
 
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of answers."})
