@@ -131,6 +131,34 @@ class Part:
         self.drop("not sampled", left_out, self.set_aside)
 
 
+def part_of(source: Source, task: str, side: str, max_bad_percentage: float) -> Part | None:
+    prepared = prepare(source, task, side, max_bad_percentage)
+    return prepared and Part(source, task, prepared)
+
+
+def evaluation_part(source: Source, task: str, whole: bool, percentage: float, max_bad_percentage: float) -> Part:
+    """The rows to evaluate a source on: its test side, or what the split holds out, or with `whole` all there is."""
+    rows = part_of(source, task, "test", max_bad_percentage)
+    if rows is None:
+        rows = part_of(source, task, "train", max_bad_percentage)
+        if not whole:
+            rows.split("test", percentage)
+    return rows
+
+
+def hold_out(wanted: list, task: str, *, whole_files: bool, percentage, max_eval_samples, max_bad_percentage):
+    """({label: evaluation rows}, report) of a list of (Source, Name): just what `mix` keeps out of training."""
+    evals, report = {}, {"datasets": {}, "evaluation": {}}
+    for source, name in wanted:
+        rows = evaluation_part(source, task, whole_files and source.is_file, percentage, max_bad_percentage)
+        for part in (name, Name("", count=max_eval_samples)):
+            rows.take(part, 0, EVALUATE)  # the same rows under every seed, comparable
+        report["evaluation"][source.label] = account(rows)
+        if len(rows.index):
+            evals[source.label] = rows.rows.select_columns([*COLUMNS[task], "dataset"]).select(rows.index)
+    return evals, report
+
+
 def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_samples, seed, max_bad_percentage):
     """(training rows, {label: evaluation rows}, report) of lists of (Source, Name).
 
@@ -139,12 +167,8 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     import numpy as np
     from datasets import concatenate_datasets
 
-    def part(source, side):
-        prepared = prepare(source, task, side, max_bad_percentage)
-        return prepared and Part(source, task, prepared)
-
     report = {"task": task, "seed": seed, "validation_split_percentage": percentage, "datasets": {}, "evaluation": {}}
-    trained = {source.label: part(source, "train") for source, _ in train}
+    trained = {source.label: part_of(source, task, "train", max_bad_percentage) for source, _ in train}
     empty = next((source for source, _ in train if trained[source.label] is None), None)
     if empty:
         raise UserError(
@@ -152,13 +176,9 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
         )
     tests = {}
     for source, _ in train if evaluate is None else evaluate:
-        rows = part(source, "test")
-        if rows is None:
-            rows = part(source, "train")
-            # a file that is named for evaluation alone is evaluated on whole
-            if source.label in trained or not source.is_file:
-                rows.split("test", percentage)
-        tests[source.label] = rows
+        # a file that is named for evaluation alone is evaluated on whole
+        whole = source.is_file and source.label not in trained
+        tests[source.label] = evaluation_part(source, task, whole, percentage, max_bad_percentage)
     # the rows that an evaluation leaves out for brevity count as seen too: its size must not change what is trained on
     seen = np.concatenate([rows.of("prompt") for rows in tests.values()]) if tests else np.array([], np.uint64)
 

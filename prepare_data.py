@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from data_files import READERS
 from data_layouts import comparison, conversation, instruction, oasst_tree, ranks_of, trees_of
-from data_mixing import Name, describe, mix, parse_names
+from data_mixing import Name, describe, hold_out, mix, parse_names
 from data_rows import (
     SERVES,
     Demonstration,
@@ -292,6 +292,46 @@ def load_datasets(
                 f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
             )
     return rows, evals, report
+
+
+def load_held_out(
+    dataset_names: str,
+    task: str,
+    *,
+    whole_files: bool = False,
+    validation_split_percentage: float = 5.0,
+    max_eval_samples: int | None = None,
+    max_bad_percentage: float = 5.0,
+) -> tuple[dict[str, "datasets.Dataset"], dict]:  # noqa: F821
+    """({name: evaluation rows}, report) of names: what a training run on them would hold out, and nothing to train on.
+
+    With `whole_files` a file without test rows of its own is taken whole. `:0.1` and `#200` sample evaluation rows.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    if not 0 < validation_split_percentage <= 100:
+        raise UserError(
+            f"--validation_split_percentage is {validation_split_percentage:g}; give more than 0, up to 100"
+        )
+    wanted, skipped = resolve(dataset_names, task, {})
+    evals, report = hold_out(
+        wanted,
+        task,
+        whole_files=whole_files,
+        percentage=validation_split_percentage,
+        max_eval_samples=max_eval_samples,
+        max_bad_percentage=max_bad_percentage,
+    )
+    if not evals:
+        raise UserError(
+            f"{dataset_names}: no prompt is held out there to evaluate on\n"
+            "  raise --validation_split_percentage, or name a file that was not trained on with --eval_dataset_names"
+        )
+    report["notes"] = skipped + [
+        f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
+    ]
+    return evals, report
 
 
 def resolve(names: str, task: str, origins: dict[str, str]) -> tuple[list[tuple[Source, Name]], list[str]]:

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_mixing import Name, earlier_with_same, parse_names, scramble
-from prepare_data import load_datasets
+from prepare_data import load_datasets, load_held_out
 from user_error import UserError
 
 import datasets
@@ -168,6 +168,20 @@ def test_evaluation_sets_are_named_and_a_file_named_there_alone_is_used_whole():
     assert list(evals) == ["my_held_out", "a_2", "a"]
     assert (len(evals["my_held_out"]), len(evals["a_2"])) == (40, 10)
     assert len(train) + len(evals["a"]) == 200
+
+
+def test_what_is_held_out_needs_nothing_to_train_on():
+    write("a.jsonl", sums(0, 200))
+    write("mine/test.jsonl", sums(40, 60))
+    options = {"validation_split_percentage": 20, "max_eval_samples": 15}
+    _, expected, _ = load_datasets("a.jsonl", "prompt", **options)
+    evals, _ = load_held_out("a.jsonl,mine", "prompt", **options)
+    assert evals["a"].to_list() == expected["a"].to_list() and len(evals["mine"]) == 15
+    whole, _ = load_held_out("a.jsonl#150,mine", "prompt", whole_files=True)
+    assert (len(whole["a"]), len(whole["mine"])) == (150, 20)
+    write("b.jsonl", sums(0, 2))
+    with pytest.raises(UserError, match="no prompt is held out there"):
+        load_held_out("b.jsonl", "prompt", validation_split_percentage=1)
 
 
 def test_an_empty_evaluation_is_left_out_and_said():
