@@ -220,32 +220,50 @@ def new_reward_model(model_args, tokenizer, seed: int):
     return model, None
 
 
-def load_reward_model(name: str, tokenizer, model_args=None):
-    """A trained reward model for scoring, frozen and in eval mode; `tokenizer` is the one that will make its input.
+def trained_head(adapter: str) -> torch.Tensor:
+    """The scalar head that a reward adapter was trained with, (1, hidden).
 
+    Raises:
+        UserError: if it has none, or one of several labels.
+    """
+    with explain_load(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
+    heads = [value for key, value in weights.items() if ".score." in key]
+    if len(heads) != 1:
+        raise UserError(
+            f"{adapter} has no trained `score` head: it is not a reward model\n  reward_modeling.py makes one"
+        )
+    if heads[0].shape[0] != 1:
+        raise UserError(f"{adapter} has {heads[0].shape[0]} labels: a reward model has one")
+    return heads[0]
+
+
+def load_reward_model(name: str, tokenizer=None, model_args=None):
+    """A trained reward model for scoring, frozen and in eval mode.
+
+    Args:
+        tokenizer: the one that will make its input, if not its own.
     Raises:
         UserError: if the folder holds no trained head, more than one label, or was trained with another tokenizer or
             template.
     """
     base, adapter = resolve_model(name)
-    check_same_tokens(load_tokenizer(name), tokenizer, name)
-    if adapter:
-        with explain_load(adapter):
-            weights = load_peft_weights(adapter, device="cpu")
-        heads = [value for key, value in weights.items() if ".score." in key]
-        if len(heads) != 1:
-            raise UserError(
-                f"{adapter} has no trained `score` head: it is not a reward model\n  reward_modeling.py makes one"
-            )
+    own = load_tokenizer(name)
+    if differs := differing_tokens(own, tokenizer or own):
+        raise UserError(
+            f"{name} was trained with another {' and '.join(differs)} than this policy\n"
+            "  train the reward model from the same SFT folder as the policy"
+        )
+    head = trained_head(adapter) if adapter else None
     with explain_load(base):
         labels = 1 if adapter else AutoConfig.from_pretrained(base).num_labels
     if labels != 1:
         raise UserError(f"{name} has {labels} labels: a reward model has one")
-    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, tokenizer, num_labels=1)
+    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, own, num_labels=1)
     if adapter:
         model = load_adapter(model, adapter)
-        head = model.get_base_model().score.modules_to_save["default"].weight
-        assert torch.equal(head.cpu(), heads[0].to(head.dtype)), "the head in memory is not the one in the folder"
+        loaded = model.get_base_model().score.modules_to_save["default"].weight
+        assert torch.equal(loaded.cpu(), head.to(loaded.dtype)), "the head in memory is not the one in the folder"
     elif info["missing_keys"]:
         raise UserError(f"{base} has no trained head ({sorted(info['missing_keys'])[0]}): its scores would be random")
     return model.eval().requires_grad_(False)
@@ -262,7 +280,12 @@ def load_merge_base(base: str, adapter: str, tokenizer):
         options = {"num_labels": labels[0]} if labels else {}
     with explain_load(base):
         model, info = auto_class.from_pretrained(
-            base, revision=base_revision(adapter), dtype="float32", output_loading_info=True, **options
+            base,
+            revision=base_revision(adapter),
+            dtype="float32",
+            output_loading_info=True,
+            disable_mmap=True,
+            **options,
         )
     if lacks := sorted(info["missing_keys"] - head):
         raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
@@ -270,9 +293,9 @@ def load_merge_base(base: str, adapter: str, tokenizer):
     return model
 
 
-def check_same_tokens(theirs, ours, name: str) -> None:
-    """Refuse two stages whose tokenizers or templates differ, naming what differs."""
-    differs = [
+def differing_tokens(theirs, ours) -> list[str]:
+    """What of two tokenizers makes other tokens of the same messages; empty if nothing does."""
+    return [
         what
         for what, a, b in (
             ("vocabulary", theirs.get_vocab(), ours.get_vocab()),
@@ -282,11 +305,6 @@ def check_same_tokens(theirs, ours, name: str) -> None:
         )
         if a != b
     ]
-    if differs:
-        raise UserError(
-            f"{name} was trained with another {' and '.join(differs)} than this policy\n"
-            "  train the reward model from the same SFT folder as the policy"
-        )
 
 
 def max_positions(model) -> int:

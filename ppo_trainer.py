@@ -1,168 +1,45 @@
 """Proximal policy optimization for language models: the successor of the PPOTrainer that TRL removed in 1.13.
 
-One update: sample an answer to each prompt of a batch, score the answers with the reward model, subtract a penalty for
-leaving the reference policy, estimate advantages, and take `num_ppo_epochs * num_mini_batches` optimizer steps on
-them. Flags and metric names are TRL's. The algorithm is the pure functions below (Schulman et al., arXiv 1707.06347;
-details of its use on language models: arXiv 2403.17031); the trainer around them is a `transformers.Trainer`, so that
-checkpoints, resuming, callbacks, trackers and distributed training are its own.
-
-Tensors of answers are right-padded, (rows, response tokens); `mask` is 1.0 on an answer's tokens, EOS included.
-Whatever is "masked" here is masked by length, never by token id.
+One update: sample an answer to each prompt of a batch, score the answers, subtract a penalty for leaving the reference
+policy, estimate advantages, and take `num_ppo_epochs * num_mini_batches` optimizer steps on them. Flags
+(ppo_config.py) and metric names are TRL's. The mathematics are in ppo_algorithm.py; the trainer around them is a
+`transformers.Trainer`, so that checkpoints, resuming, callbacks, trackers and distributed training are its own.
 """
 
 import copy
+import json
 from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 
-from rollout import PolicyAndValue, generate, read_answers, score, trunk_of
+from flat_rows import use_flat_rows
+from ppo_algorithm import (
+    adapted_kl_coef,
+    advantages_and_returns,
+    kl_per_token,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from ppo_config import PPOConfig
+from ppo_evaluation import LastEvaluation, compare, show_samples
+from rollout import answer_states, generate, length_mask, merged_weights, padded, read_answers, trunk_of
+from shared_base import active_adapter, copy_adapter, is_new, parameters_of, recompute_with_same_adapter
 from user_error import UserError
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
+from trl.models.utils import unwrap_model_for_generation
 
-VALUE_HEAD = "value_head.safetensors"
-
-
-@dataclass
-class PPOConfig(TrainingArguments):
-    """Training arguments of PPO. `per_device_train_batch_size` only bounds memory: a micro-batch.
-
-    A batch (one update) is per_device_train_batch_size x gradient_accumulation_steps x processes prompts.
-    `max_steps`, `logging_steps`, `save_steps` and `eval_steps` count updates.
-    """
-
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of answers."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps a pass; divides a process's batch."})
-    total_episodes: int | None = field(
-        default=None, metadata={"help": "Answers to sample in all; by default num_train_epochs times the prompts."}
-    )
-    response_length: int = field(default=53, metadata={"help": "Longest answer, in tokens."})
-    stop_token_id: int | None = field(
-        default=None, metadata={"help": "A token that ends an answer, beside the generation config's own."}
-    )
-    temperature: float = field(
-        default=0.7, metadata={"help": "Sampling temperature; also that of the trained policy."}
-    )
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of an answer that does not end within its length."}
-    )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale the token rewards to unit variance."})
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the penalty for leaving the reference policy."})
-    kl_estimator: str = field(
-        default="k1",
-        metadata={"help": "Estimator of that KL: k1 unbiased, k3 never negative.", "choices": ["k1", "k3"]},
-    )
-    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the probability ratio."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value update."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
-    local_rollout_forward_batch_size: int = field(
-        default=64, metadata={"help": "Rows generated and scored at a time on a device: memory only."}
-    )
-    max_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts answered at each evaluation."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.local_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        self.batch_size = self.local_batch_size * self.world_size
-        if self.local_batch_size % self.num_mini_batches:
-            raise ValueError(
-                f"--num_mini_batches {self.num_mini_batches} does not divide a process's batch of "
-                f"{self.local_batch_size} (per_device_train_batch_size x gradient_accumulation_steps)"
-            )
-        self.local_mini_batch_size = self.local_batch_size // self.num_mini_batches
-        self.micro_batch_size = min(self.per_device_train_batch_size, self.local_mini_batch_size)
-        if self.local_mini_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"a mini-batch of {self.local_mini_batch_size} prompts is not a multiple of "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size}"
-            )
-        if self.response_length < 1 or self.temperature <= 0:
-            raise ValueError("--response_length must be at least 1 and --temperature above 0")
-
-
-# The algorithm -------------------------------------------------------------------------------------------------------
-
-
-def masked_mean(values, mask):
-    return (values * mask).sum() / mask.sum()
-
-
-def whiten(values, mask, shift_mean: bool = True, reduce=lambda sums: sums):
-    """Values scaled to unit variance over the masked entries (and to mean 0 with `shift_mean`), 0 elsewhere.
-
-    Args:
-        reduce: sums a tensor over all processes, so that the statistics are those of the whole batch.
-    """
-    count, total = reduce(torch.stack([mask.sum(), (values * mask).sum()]))
-    mean = total / count
-    variance = reduce(((values - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
-
-
-def kl_per_token(logprobs, ref_logprobs, estimator: str):
-    """Estimates of KL(policy || reference) from the sampled tokens: k1 or k3 of joschu.net/blog/kl-approx.html."""
-    logratio = ref_logprobs - logprobs
-    return -logratio if estimator == "k1" else torch.expm1(logratio) - logratio
-
-
-def token_rewards(scores, kl, mask, kl_coef: float):
-    """A reward for each token: the KL penalty, and on an answer's last token also its score.
-
-    Args:
-        scores: (rows,), one for each answer.
-        kl, mask: (rows, tokens).
-    """
-    rewards = -kl_coef * kl * mask
-    last = mask.sum(1).long() - 1
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
-    return rewards
-
-
-def advantages_and_returns(rewards, values, mask, gamma: float, lam: float):
-    """Generalized advantage estimation (arXiv 1506.02438, equation 16); after an answer's last token the value is 0.
-
-    Args:
-        rewards, values, mask: (rows, tokens); values[:, t] is the value of the state before token t.
-    Returns:
-        advantages and returns = advantages + values, both (rows, tokens).
-    """
-    values = values * mask
-    advantages = torch.zeros_like(values)
-    following, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        advantages[:, t], next_value = following, values[:, t]
-    return advantages, advantages + values
-
-
-def policy_loss(logprobs, old_logprobs, advantages, cliprange: float):
-    """The clipped surrogate, a token at a time (arXiv 1707.06347, equation 7): (losses, ratio, clipped), unmasked."""
-    ratio = torch.exp(logprobs - old_logprobs)
-    unclipped = -advantages * ratio
-    clipped = -advantages * torch.clamp(ratio, 1 - cliprange, 1 + cliprange)
-    return torch.maximum(unclipped, clipped), ratio, clipped > unclipped
-
-
-def value_loss(values, old_values, returns, cliprange_value: float):
-    """Half the squared error of the new value or of the value clipped near the old one, whichever is larger."""
-    near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    unclipped, clipped = (values - returns) ** 2, (near - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
-
-
-# The trainer ---------------------------------------------------------------------------------------------------------
+VALUE_HEAD = "value_head.safetensors"  # with the critic's own LoRA, where it has one
+STATE = "ppo_state.json"
+__all__ = ["PPOConfig", "PPOTrainer"]
 
 
 class BatchSampler(Sampler):
@@ -189,99 +66,164 @@ class BatchSampler(Sampler):
                 yield from batch
 
 
+class PolicyAndValue(nn.Module):
+    """The policy with a scalar value head on its last hidden state, or on that of an adapter of the critic's own."""
+
+    def __init__(self, policy, adapter: str, value_adapter: bool, score_weight=None):
+        super().__init__()
+        self.policy, self.config = policy, policy.config
+        self.adapter, self.value_adapter = adapter, value_adapter
+        hidden_size = trunk_of(policy)(torch.zeros(1, 1, dtype=torch.long, device=policy.device))[0].shape[-1]
+        self.value_head = nn.Linear(hidden_size, 1, bias=False)
+        # a reward model's head already points to what makes an answer good
+        fits = score_weight is not None and score_weight.shape == self.value_head.weight.shape
+        self.value_head.weight.data = score_weight.float().clone() if fits else torch.zeros(1, hidden_size)
+
+    # asked by TRL's unwrap_model_for_generation; layers do not checkpoint in eval mode anyway
+    is_gradient_checkpointing = False
+
+    def value_parameters(self) -> dict:
+        own = parameters_of(self.policy, "value") if self.value_adapter else {}
+        return {"value_head.weight": self.value_head.weight} | {f"policy.{name}": p for name, p in own.items()}
+
+    def forward(self, prompts, answers, pad_id: int, temperature: float, policy_trains: bool = True):
+        """Log-probabilities and entropies of the answers' tokens, mask, and values of the states before them, all
+        (rows, tokens)."""
+        logprobs, entropy, mask, states = read_answers(self.policy, prompts, answers, pad_id, temperature)
+        if not policy_trains:
+            logprobs, entropy, states = logprobs * 0, entropy * 0, states.detach()
+        return logprobs, entropy, mask, self.values(prompts, answers, pad_id, states)
+
+    def values(self, prompts, answers, pad_id: int, states=None):
+        """The values alone; `states` are the policy's, which a critic of its own has no use for."""
+        if self.value_adapter:
+            with active_adapter(self.policy, "value"):
+                states = answer_states(self.policy, prompts, answers, pad_id)
+        return padded(self.value_head(states.float())[:, 0], [len(answer) for answer in answers])
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        if isinstance(self.policy, PeftModel):
+            kwargs["context_fn"] = recompute_with_same_adapter(self.policy)
+            self.policy.enable_input_require_grads()
+        self.policy.gradient_checkpointing_enable(kwargs)
+
+    def gradient_checkpointing_disable(self):
+        self.policy.gradient_checkpointing_disable()
+
+
 class PPOTrainer(Trainer):
     """PPO on a `transformers.Trainer`: one of its steps is one mini-batch, one of its micro-steps a micro-batch.
 
     Args:
-        policy: the causal model, or a trainable PeftModel whose adapter is continued.
-        reward_model: a frozen sequence classifier with one label and the policy's tokenizer.
-        train_dataset: rows with `prompt_ids`.
+        model: the policy: a causal model, all weights of which are trained, or a PeftModel, whose adapter is.
+        reward_model: what `rewards.load_reward` gives.
+        train_dataset: rows with `prompt_ids`; and `prompt` (messages) and `reference` where rewards read text.
         eval_dataset: the same, {name: rows}.
-        peft_config: the LoRA to put on a plain policy; None trains all weights.
     """
 
     loss_is_scaled_for_ga = True  # the loss is normalised by the mini-batch's tokens, not the micro-batch's
 
     def __init__(
-        self,
-        policy,
-        args,
-        reward_model,
-        train_dataset,
-        eval_dataset,
-        processing_class,
-        peft_config=None,
-        callbacks=None,
+        self, model, args, reward_model, train_dataset, eval_dataset, processing_class, callbacks=None, **kwargs
     ):
         if len(train_dataset) < args.batch_size:
             raise UserError(
                 f"{len(train_dataset)} prompts are fewer than one batch of {args.batch_size}: "
                 "lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
-        self.reference_model = None
-        if peft_config is not None:
-            policy = get_peft_model(policy, peft_config)
-        elif isinstance(policy, PeftModel):  # the reference is a frozen copy of the adapter that is continued
-            policy.add_adapter("ref", policy.peft_config["default"])
-            for name, parameter in policy.named_parameters():
-                if ".default." in name:
-                    policy.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-                if ".ref." in name:
-                    parameter.requires_grad_(False)
-        else:
-            self.reference_model = copy.deepcopy(policy).eval().requires_grad_(False)
-        for module in [*policy.modules(), *reward_model.modules()]:
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # or the ratio would not be 1 before the first step
-        head = reward_model.get_base_model() if isinstance(reward_model, PeftModel) else reward_model
-        model = PolicyAndValue(policy, head.score.weight)
-        self.reward_model, self.processing_class = reward_model, processing_class
+        if args.subtract_reference_score and not all(train_dataset["reference"]):
+            raise UserError("--subtract_reference_score: not all prompts come with an answer of the data")
+        if args.use_score_norm and reward_model.std is None:
+            raise UserError("--use_score_norm: the reward model's folder has no score_statistics.json")
+        self.reward, self.processing_class = reward_model, processing_class
+        self.adapter = args.model_adapter_name or "default"
+        self.prepare_models(model, args)
         self.pad_id = processing_class.pad_token_id
-        own = policy.generation_config.eos_token_id
+        own = model.generation_config.eos_token_id
         self.stop_ids = {processing_class.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         self.stop_ids |= {args.stop_token_id} - {None}
+        head = reward_model.head.weight if reward_model.same_tokens else None
 
-        self.ppo = args
-        args = copy.copy(args)  # in the Trainer's terms
+        self.ppo, args = args, copy.copy(args)  # in the Trainer's terms
         args.gradient_accumulation_steps = args.local_mini_batch_size // args.micro_batch_size
         self.micro_steps = args.gradient_accumulation_steps * args.num_mini_batches * args.num_ppo_epochs
         self.steps_per_update = args.num_mini_batches * args.num_ppo_epochs
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
-        updates = args.max_steps if args.max_steps > 0 else -(-episodes // args.batch_size)
-        args.max_steps = updates * self.steps_per_update
+        self.num_updates = args.max_steps if args.max_steps > 0 else -(-episodes // args.batch_size)
+        args.max_steps = self.num_updates * self.steps_per_update
         for name in ("logging_steps", "save_steps", "eval_steps"):
             steps = getattr(args, name)
             if steps is not None:  # below 1: a share of all updates
-                steps = max(1, round(steps * updates)) if steps < 1 else int(steps)
+                steps = -int(-steps * self.num_updates // 1) if steps < 1 else int(steps)
                 setattr(args, name, steps * self.steps_per_update)
         args.remove_unused_columns = False
         super().__init__(
-            model=model,
+            model=PolicyAndValue(model, self.adapter, args.value_adapter, head),
             args=args,
-            data_collator=lambda rows: [row["prompt_ids"] for row in rows],
+            data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[LastEvaluation(), *(callbacks or [])],
+            **kwargs,
         )
-        self.num_updates = updates
-        self.reward_model.to(self.args.device)
-        if self.reference_model is not None:
-            self.reference_model.to(self.args.device)
-        self._rollout, self._micro_step = None, None
+        for other in (self.reference_model, getattr(self.reward, "model", None)):
+            if other is not None:
+                other.to(self.args.device)
+        self.kl_coef = args.kl_coef
+        self._rollout = self._micro_step = None
+        self._stopped, self._starting = False, {}
         self._metrics = defaultdict(list)
         self._check_trunk()
 
+    def prepare_models(self, model, args):
+        """Dropout off, the reference policy and the critic's adapter on the policy's base, rows without padding."""
+        self.reference_model, self.reference_adapter = None, args.ref_adapter_name
+        if not isinstance(model, PeftModel):
+            if args.value_adapter:
+                raise UserError("--value_adapter needs a LoRA policy: leave out --no_use_peft")
+            self.reference_model = copy.deepcopy(model).eval().requires_grad_(False)
+        elif not args.ref_adapter_name and not is_new(model):
+            copy_adapter(model, self.adapter, "ref")
+            self.reference_adapter = "ref"
+        if args.value_adapter:
+            copy_adapter(model, "reward" if "reward" in model.peft_config else self.adapter, "value")
+            for parameter in parameters_of(model, "value").values():
+                parameter.requires_grad_(True)
+        for other in filter(None, (model, self.reference_model, getattr(self.reward, "model", None))):
+            use_flat_rows(other)
+            for module in other.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0  # or the ratio would not be 1 before the first step
+
     def _check_trunk(self):
         """Logits are made from the trunk's last state and the head alone; refuse a model that does more than that."""
-        ids = torch.tensor([self.train_dataset[0]["prompt_ids"][-8:]], device=self.args.device)
-        policy = self.model.policy
+        policy = self.accelerator.unwrap_model(self.model).policy
+        prompts = [self.train_dataset[i]["prompt_ids"][-n:] for i, n in ((0, 8), (1, 5))]
         with torch.no_grad():
-            apart = policy.get_output_embeddings()(trunk_of(policy)(input_ids=ids).last_hidden_state)
-            if not torch.allclose(policy(input_ids=ids).logits, apart, atol=1e-3, rtol=1e-3):
-                raise UserError(
-                    f"{type(policy).__name__} rescales its logits after the head: not supported by PPO yet"
-                )
+            logprobs = read_answers(
+                policy.eval(), [p[:1] for p in prompts], [p[1:] for p in prompts], self.pad_id, 1.0
+            )[0]
+            for row, ids in zip(logprobs, prompts, strict=True):
+                ids = torch.tensor([ids], device=self.args.device)
+                whole = policy(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+                if not torch.allclose(row[: len(whole)], whole, atol=self.tolerance):
+                    raise UserError(
+                        f"{self.model.config.model_type} changes its logits after the output layer (soft-capping or "
+                        "scaling): PPO does not know how\n  dpo_training.py trains such models"
+                    )
+
+    def create_optimizer(self, *args):
+        optimizer = super().create_optimizer(*args)
+        if (learning_rate := self.ppo.value_learning_rate) is not None:
+            critics = {id(p) for p in self.accelerator.unwrap_model(self.model).value_parameters().values()}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in critics]
+                group["params"] = [p for p in group["params"] if id(p) not in critics]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        return optimizer
 
     def get_train_dataloader(self):
         # a process's share of the batch, again at each micro-step
@@ -292,25 +234,38 @@ class PPOTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_size=size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
-    def _prepare_inputs(self, prompts):
-        """A micro-batch of the current rollout; at the start of an update, a new rollout."""
+    def training_step(self, model, inputs, num_items_in_batch=None):
         if self._micro_step is None:
             self._micro_step = self.state.global_step * self.args.gradient_accumulation_steps
             assert self._micro_step % self.micro_steps == 0, "a checkpoint within an update cannot be resumed"
         update, step = divmod(self._micro_step, self.micro_steps)
         if step == 0:
-            self._rollout = self.rollout(prompts, update)
+            self._rollout, self._stopped = self.rollout(inputs, update), False
         self._micro_step += 1
+        if self._stopped:  # no gradients: the optimizer passes over parameters without one
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, self.micro_batch(update, step), num_items_in_batch)
+        per_mini_batch = self.args.gradient_accumulation_steps
+        if self.ppo.target_kl is not None and self._micro_step % per_mini_batch == 0:
+            self._stopped = sum(self._metrics["policy/approxkl_avg"][-per_mini_batch:]) > self.ppo.target_kl
+            if self._stopped:
+                model.zero_grad()
+        return loss
+
+    def micro_batch(self, update: int, step: int) -> dict:
+        """The rows of the current rollout that one micro-step of an update trains on."""
         epoch, step = divmod(step, self.micro_steps // self.ppo.num_ppo_epochs)
         mini_batch, micro_batch = divmod(step, self.args.gradient_accumulation_steps)
         rows = self.mini_batch_rows(update, epoch, mini_batch)
         size = self.ppo.micro_batch_size
-        micro_rows = rows[micro_batch * size : (micro_batch + 1) * size]
+        chosen = rows[micro_batch * size : (micro_batch + 1) * size]
         tokens = self.accelerator.reduce(self._rollout["mask"][rows].sum())
-        micro = {
-            k: v[micro_rows] if torch.is_tensor(v) else [v[i] for i in micro_rows] for k, v in self._rollout.items()
-        }
-        return {**micro, "tokens": tokens, "on_policy": epoch == mini_batch == 0}
+        micro = {k: v[chosen] if torch.is_tensor(v) else [v[i] for i in chosen] for k, v in self._rollout.items()}
+        policy_trains = update >= self.ppo.value_warmup_updates
+        return {**micro, "tokens": tokens, "on_policy": epoch == mini_batch == 0, "policy_trains": policy_trains}
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # where they belong already
 
     def mini_batch_rows(self, update: int, epoch: int, mini_batch: int) -> torch.Tensor:
         """Rows of this process's batch that belong to a mini-batch.
@@ -325,118 +280,174 @@ class PPOTrainer(Trainer):
         first = self.args.process_index * self.ppo.local_batch_size
         return rows[(rows >= first) & (rows < first + self.ppo.local_batch_size)] - first
 
-    @contextmanager
-    def reference(self):
-        """The reference policy, as a module with the policy's interface."""
-        policy = self.model.policy
-        if self.reference_model is not None:
-            yield self.reference_model
-        elif "ref" not in policy.peft_config:
-            with policy.disable_adapter():
-                yield policy
-        else:
-            # set_adapter also switches requires_grad of whatever it activates or leaves
-            trained = [p for p in policy.parameters() if p.requires_grad]
-            policy.set_adapter("ref", inference_mode=True)
-            try:
-                yield policy
-            finally:
-                policy.set_adapter("default")
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+    def reading(self, reference: bool):
+        """(context, model) of the policy as it is, or of the reference."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        if reference and self.reference_model is not None:
+            return nullcontext(), self.reference_model
+        return active_adapter(policy, self.reference_adapter) if reference else nullcontext(), policy
 
-    def sample(self, prompts: list[list[int]], noise) -> dict:
-        """Answers to prompts, with everything that is known about them before training; tensors (rows, tokens)."""
-        model, chunks = self.accelerator.unwrap_model(self.model), []
-        training = model.training
-        model.eval()
-        size = self.ppo.local_rollout_forward_batch_size
-        temperature = self.ppo.temperature
-        answers = []
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for i in range(0, len(prompts), size):
-                answers += generate(
-                    model.policy,
-                    prompts[i : i + size],
-                    noise[i : i + size],
-                    stop_ids=self.stop_ids,
-                    pad_id=self.pad_id,
-                    temperature=temperature,
-                )
-            width = max(map(len, answers))
+    def sample(self, rows: list[dict], noise, reference: bool = False) -> dict:
+        """Answers to prompts, of the policy or of the reference, and what is known of them before training.
+
+        Returns:
+            prompts, answers (lists of token ids), logprobs, values, mask (rows, tokens), ended (rows,).
+        """
+        prompts = [row["prompt_ids"] for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # prompts of a length need little padding
+        answers, parts = [None] * len(rows), []
+        temperature, size = self.ppo.temperature, self.ppo.local_rollout_forward_batch_size
+        shape = len(rows), self.ppo.response_length
+        logprobs, values = torch.zeros(2, *shape, device=self.args.device)
+        context, policy = self.reading(reference)
+        model = self.accelerator.unwrap_model(self.model)
+        keeps = self.exact and not model.value_adapter
+        training = self.model.training
+        self.model.eval()
+        gather = {"gather_deepspeed3_params": self.ppo.ds3_gather_for_generation}
+        with torch.no_grad(), self.compute_loss_context_manager(), context:
+            with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather):
+                for i in range(0, len(rows), size):
+                    chosen = order[i : i + size]
+                    with merged_weights(policy) if self.exact else nullcontext():
+                        (*parts,) = generate(
+                            policy,
+                            [prompts[j] for j in chosen],
+                            noise[chosen],
+                            stop_ids=self.stop_ids,
+                            pad_id=self.pad_id,
+                            temperature=temperature,
+                            value_head=model.value_head,
+                        )
+                    if not reference and not keeps:  # as training computes them, to the last bit that counts
+                        texts = [prompts[j] for j in chosen], parts[0], self.pad_id
+                        parts[1], *_, parts[2] = model(*texts, temperature)
+                    for j, answer in zip(chosen, parts[0], strict=True):
+                        answers[j] = answer
+                    width = parts[1].shape[1]
+                    logprobs[chosen, :width], values[chosen, :width] = parts[1], parts[2]
+        self.model.train(training)
+        lengths = [len(answer) for answer in answers]
+        mask = length_mask(lengths, self.args.device)
+        width = mask.shape[1]
+        ended = torch.tensor([answer[-1] in self.stop_ids for answer in answers], device=self.args.device)
+        sampled = {"prompts": prompts, "answers": answers, "mask": mask, "ended": ended}
+        return sampled | {"logprobs": logprobs[:, :width] * mask, "values": values[:, :width] * mask}
+
+    @torch.no_grad()
+    def reference_logprobs(self, prompts, answers) -> torch.Tensor:
+        """What the reference policy thinks of answers, (rows, tokens)."""
+        context, policy = self.reading(reference=True)
+        size, parts = self.ppo.local_rollout_forward_batch_size, []
+        with self.compute_loss_context_manager(), context:
             for i in range(0, len(prompts), size):
                 rows = prompts[i : i + size], answers[i : i + size]
-                logprobs, _, mask, values = model(*rows, self.pad_id, temperature)
-                with self.reference() as reference:
-                    ref_logprobs = read_answers(reference, *rows, self.pad_id, temperature)[0]
-                scores = score(self.reward_model, [p + a for p, a in zip(*rows, strict=True)], self.pad_id)
-                tensors = (F.pad(t, (0, width - t.shape[1])) for t in (logprobs, ref_logprobs, values, mask))
-                chunks.append((*tensors, scores))
-        model.train(training)
-        logprobs, ref_logprobs, values, mask, scores = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        ended = torch.tensor([a[-1] in self.stop_ids for a in answers], device=scores.device)
-        if self.ppo.missing_eos_penalty is not None:
-            scores = scores - self.ppo.missing_eos_penalty * ~ended
-        kl = kl_per_token(logprobs, ref_logprobs, self.ppo.kl_estimator) * mask
-        return {
-            "prompts": prompts,
-            "answers": answers,
-            "logprobs": logprobs,
-            "values": values,
-            "mask": mask,
-            "kl": kl,
-            "scores": scores,
-            "ended": ended,
-        }
+                parts += read_answers(policy, *rows, self.pad_id, self.ppo.temperature)[0]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[:, : max(map(len, answers))]
+
+    def texts(self, sampled) -> list[str]:
+        """Answers as a reader sees them, without the token that ends them."""
+        return [
+            self.processing_class.decode(answer[: -1 if ended else None], skip_special_tokens=True).strip()
+            for answer, ended in zip(sampled["answers"], sampled["ended"].tolist(), strict=True)
+        ]
+
+    def scores(self, rows: list[dict], sampled: dict) -> torch.Tensor:
+        """The reward of each answer, before any penalty, (rows,)."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.reward.same_tokens:
+                pairs = zip(sampled["prompts"], sampled["answers"], strict=True)
+                scores = self.reward.score_tokens([p + a for p, a in pairs], self.ppo.local_rollout_forward_batch_size)
+            else:
+                scores = self.scores_of_texts(rows, self.texts(sampled), sampled["ended"].tolist())
+            if self.ppo.subtract_reference_score:
+                scores = scores - self.scores_of_texts(rows, [row["reference"] for row in rows], [True] * len(rows))
+            elif self.ppo.use_score_norm:
+                scores = scores - self.reward.mean
+            if self.ppo.use_score_norm:
+                scores = scores / self.reward.std
+        clip = self.ppo.score_clip
+        return scores.to(self.args.device) if clip is None else scores.to(self.args.device).clamp(-clip, clip)
+
+    def scores_of_texts(self, rows, texts, ended) -> torch.Tensor:
+        columns = {"reference": [row.get("reference") for row in rows]}
+        return self.reward([row["prompt"] for row in rows], texts, ended, columns)
 
     def noise(self, key, rows: int):
         """Uniform noise of a whole batch, the same on every process and after every resume."""
         generator = torch.Generator().manual_seed(hash((self.args.seed, *key)) % 2**63)
         return torch.rand(rows, self.ppo.response_length, generator=generator)
 
-    def rollout(self, prompts: list[list[int]], update: int) -> dict:
+    def mean(self, values: dict, rows: int) -> dict:
+        """Means of (rows,) tensors over the rows of all processes."""
+        sums = self.accelerator.reduce(torch.stack([v.float().sum() for v in values.values()]))
+        return dict(zip(values, (sums / rows).tolist(), strict=True))
+
+    def rollout(self, rows: list[dict], update: int) -> dict:
         """Sample, score and estimate advantages for this process's share of an update's batch."""
         ppo = self.ppo
         first = self.args.process_index * ppo.local_batch_size
-        noise = self.noise((0, update), ppo.batch_size)[first : first + ppo.local_batch_size]
-        batch = self.sample(prompts, noise)
-        mask, kl, scores = batch["mask"], batch["kl"], batch["scores"]
-        rewards = token_rewards(scores, kl, mask, ppo.kl_coef)
+        batch = self.sample(rows, self.noise((0, update), ppo.batch_size)[first : first + ppo.local_batch_size])
+        mask, ended = batch["mask"], batch["ended"]
+        if update == 0 and mask.shape[1] == 1 and ended.all():
+            raise UserError(
+                "the policy ends every answer of the first batch at once: there is nothing to score\n"
+                "  train it with sft_training.py first, or check that the prompts end where an answer begins"
+            )
+        ref_logprobs = self.reference_logprobs(batch["prompts"], batch["answers"])
+        scores = self.scores(rows, batch)
+        if ppo.missing_eos_penalty is not None:
+            scores = scores - ppo.missing_eos_penalty * ~ended
+        kl = kl_per_token(batch["logprobs"], ref_logprobs, ppo.kl_estimator) * mask
+        rewards = token_rewards(scores, kl, mask, self.kl_coef)
         if ppo.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self.accelerator.reduce)
         advantages, batch["returns"] = advantages_and_returns(rewards, batch["values"], mask, ppo.gamma, ppo.lam)
         batch["advantages"] = whiten(advantages, mask, reduce=self.accelerator.reduce)
 
-        non_score = (-ppo.kl_coef * kl).sum(1)
-        per_row = {
+        non_score = (-self.kl_coef * kl).sum(1)
+        metrics = {
             "objective/kl": kl.sum(1),
             "objective/entropy": -batch["logprobs"].sum(1),
             "objective/non_score_reward": non_score,
             "objective/rlhf_reward": non_score + scores,
             "objective/scores": scores,
             "val/mean_length": mask.sum(1),
-            "val/eos_rate": batch["ended"].float(),
+            "val/eos_rate": ended,
         }
-        for name, values in per_row.items():
-            self._metrics[name].append(self.accelerator.reduce(values.sum()).item() / ppo.batch_size)
-        self._metrics["val/num_eos_tokens"].append(self._metrics["val/eos_rate"][-1] * ppo.batch_size)
-        if update == 0:
-            assert abs(self._metrics["objective/kl"][-1]) < self.tolerance, "policy and reference differ at the start"
+        metrics = self.mean(metrics, ppo.batch_size)
+        metrics["val/num_eos_tokens"] = metrics["val/eos_rate"] * ppo.batch_size
+        if update == 0 and not ppo.ref_adapter_name:
+            assert abs(metrics["objective/kl"]) < self.tolerance, "policy and reference differ at the start"
+        if ppo.adaptive_kl_target is not None:
+            metrics["objective/kl_coef"] = self.kl_coef
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef, metrics["objective/kl"], ppo.adaptive_kl_target, ppo.adaptive_kl_horizon, ppo.batch_size
+            )
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
         return batch
+
+    @property
+    def exact(self) -> bool:
+        """Whether all is computed in float32, so that sampling and training give the same log-probabilities."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        return policy.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
 
     @property
     def tolerance(self) -> float:
         """How far from exact 'the same model' may be, with the precision in use."""
-        exact = self.model.value_head.weight.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-        return 1e-3 if exact and self.model.policy.dtype == torch.float32 else 0.1
+        return 1e-3 if self.exact else 0.1
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ppo, mask, tokens = self.ppo, inputs["mask"], inputs["tokens"]
-        logprobs, entropy, _, values = model(inputs["prompts"], inputs["answers"], self.pad_id, ppo.temperature)
-        width = logprobs.shape[1]
-        mask, old_logprobs, old_values, advantages, returns = (
-            t[:, :width] for t in (mask, inputs["logprobs"], inputs["values"], inputs["advantages"], inputs["returns"])
+        ppo = self.ppo
+        logprobs, entropy, mask, values = model(
+            inputs["prompts"], inputs["answers"], self.pad_id, ppo.temperature, inputs["policy_trains"]
         )
+        old_logprobs, old_values, advantages, returns = (
+            inputs[name][:, : mask.shape[1]] for name in ("logprobs", "values", "advantages", "returns")
+        )
+        old_logprobs = old_logprobs * inputs["policy_trains"]
         pg_losses, ratio, pg_clipped = policy_loss(logprobs, old_logprobs, advantages, ppo.cliprange)
         vf_losses, vf_clipped = value_loss(values, old_values, returns, ppo.cliprange_value)
         if inputs["on_policy"]:
@@ -444,25 +455,25 @@ class PPOTrainer(Trainer):
             assert off < self.tolerance, f"the ratio is off 1 by {off} before the update's first step"
 
         def share(values):  # of the mean over the mini-batch's tokens on all processes
-            return (values * mask).sum() / tokens
+            return (values * mask).sum() / inputs["tokens"]
 
-        pg_loss, vf_loss = share(pg_losses), share(vf_losses)
+        pg_loss, vf_loss, mean_entropy = share(pg_losses), share(vf_losses), share(entropy)
         with torch.no_grad():
-            ratio_mean = share(ratio)
             parts = {
                 "policy/approxkl_avg": share(0.5 * (logprobs - old_logprobs) ** 2),
                 "policy/clipfrac_avg": share(pg_clipped.float()),
-                "policy/entropy_avg": share(entropy),
+                "policy/entropy_avg": mean_entropy,
                 "loss/policy_avg": pg_loss,
                 "loss/value_avg": vf_loss,
                 "val/clipfrac_avg": share(vf_clipped.float()),
-                "val/ratio": ratio_mean,
+                "val/ratio": share(ratio),
+                "val/ratio_var": share((ratio - 1) ** 2),
             }
             sums = self.accelerator.reduce(torch.stack(list(parts.values())))
             for name, value in zip(parts, sums.tolist(), strict=True):
                 self._metrics[name].append(value)
         # DDP averages gradients over processes; the loss is a share of the whole
-        return (pg_loss + ppo.vf_coef * vf_loss) * self.args.world_size
+        return (pg_loss - ppo.entropy_coef * mean_entropy + ppo.vf_coef * vf_loss) * self.args.world_size
 
     def log(self, logs, start_time=None):
         if self._metrics and not any(key.startswith("eval_") for key in logs):
@@ -475,21 +486,43 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Answers held-out prompts and logs mean score, KL, length and EOS rate: `eval_<dataset>_scores`, ..."""
-        metrics = {}
-        for name, rows in (self.eval_dataset if eval_dataset is None else eval_dataset).items():
-            prompts = rows[: self.ppo.max_eval_prompts]["prompt_ids"]
-            mine = slice(self.args.process_index, None, self.args.world_size)
-            batch = self.sample(prompts[mine], self.noise((1,), len(prompts))[mine])
-            per_row = {
-                "scores": batch["scores"],
-                "kl": batch["kl"].sum(1),
-                "mean_length": batch["mask"].sum(1),
-                "eos_rate": batch["ended"].float(),
+        """Answers held-out prompts; logs `eval_<dataset>_scores`, `_kl`, `_mean_length`, `_eos_rate` and `_win_rate`
+        against the starting policy, which answers once with the same noise. Samples go to `samples/`."""
+        metrics, samples = {}, []
+        for name, dataset in (self.eval_dataset if eval_dataset is None else eval_dataset).items():
+            dataset = dataset.select(range(min(len(dataset), self.ppo.max_eval_prompts)))
+            mine = range(self.args.process_index, len(dataset), self.args.world_size)
+            rows, noise = [dataset[i] for i in mine], self.noise((1,), len(dataset))[list(mine)]
+            if name not in self._starting:
+                started = self.sample(rows, noise, reference=True)
+                self._starting[name] = self.scores(rows, started), self.texts(started)
+            sampled = self.sample(rows, noise)
+            ref_logprobs = self.reference_logprobs(sampled["prompts"], sampled["answers"])
+            scores, (starting_scores, starting_texts) = self.scores(rows, sampled), self._starting[name]
+            means = {
+                "scores": scores,
+                "kl": (kl_per_token(sampled["logprobs"], ref_logprobs, self.ppo.kl_estimator) * sampled["mask"]).sum(
+                    1
+                ),
+                "mean_length": sampled["mask"].sum(1),
+                "eos_rate": sampled["ended"],
+                "win_rate": compare(scores, starting_scores),
             }
-            sums = self.accelerator.reduce(torch.stack([values.sum() for values in per_row.values()]))
-            for key, value in zip(per_row, (sums / len(prompts)).tolist(), strict=True):
+            for key, value in self.mean(means, len(dataset)).items():
                 metrics[f"{metric_key_prefix}_{name}_{key}"] = value
+            samples += [
+                {"dataset": name, "prompt": p, "answer": a, "score": s, "starting_answer": b, "starting_score": t}
+                for p, a, s, b, t in zip(
+                    [self.processing_class.decode(row["prompt_ids"]) for row in rows],
+                    self.texts(sampled),
+                    scores.tolist(),
+                    starting_texts,
+                    starting_scores.tolist(),
+                    strict=True,
+                )
+            ]
+        if self.is_world_process_zero():
+            show_samples(samples, self.state.global_step // self.steps_per_update, self.args.output_dir)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -498,21 +531,26 @@ class PPOTrainer(Trainer):
         output_dir = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
-        policy, only = self.model.policy, {}
-        if isinstance(policy, PeftModel):
-            only["selected_adapters"] = ["default"]  # not the frozen copy
-        policy.save_pretrained(output_dir, **only)
-        save_file({"weight": self.model.value_head.weight.detach().cpu().contiguous()}, output_dir / VALUE_HEAD)
+        model = self.accelerator.unwrap_model(self.model)
+        lora = isinstance(model.policy, PeftModel)
+        model.policy.save_pretrained(output_dir, **({"selected_adapters": [self.adapter]} if lora else {}))
+        critic = {name: p.detach().cpu().contiguous() for name, p in model.value_parameters().items()}
+        save_file(critic, output_dir / VALUE_HEAD)
+        (output_dir / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.ppo, output_dir / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder, policy = Path(resume_from_checkpoint), self.model.policy
-        if isinstance(policy, PeftModel):
-            set_peft_model_state_dict(policy, load_peft_weights(folder, device="cpu"), adapter_name="default")
+        folder, model = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
+        if isinstance(model.policy, PeftModel):
+            weights = load_peft_weights(folder, device="cpu")
+            set_peft_model_state_dict(model.policy, weights, adapter_name=self.adapter)
         else:
-            load_model(policy, folder / "model.safetensors")
-        self.model.value_head.weight.data.copy_(load_file(folder / VALUE_HEAD)["weight"])
+            load_model(model.policy, folder / "model.safetensors")
+        critic = load_file(folder / VALUE_HEAD)
+        for name, parameter in model.value_parameters().items():
+            parameter.data.copy_(critic[name])
+        self.kl_coef = json.loads((folder / STATE).read_text())["kl_coef"]
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

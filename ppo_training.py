@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import load_policy, load_reward_model, load_tokenizer, max_positions
+from modeling import load_policy, load_tokenizer, max_positions
 from ppo_trainer import PPOConfig, PPOTrainer
 from prepare_data import describe, load_datasets
 from rendering import encode_prompt, tokenize
+from rewards import load_reward
 from run_folder import find_resume, finish, plan
 from run_log import watch
 from user_error import UserError
 
 from accelerate import PartialState
+from peft import get_peft_model
 from transformers import set_seed
 
 
@@ -33,7 +35,10 @@ from transformers import set_seed
 class PPOScriptArguments(ScriptArguments):
     reward_model_name_or_path: str = field(
         default="",
-        metadata={"help": "The reward model: hub id, model folder or adapter folder of reward_modeling.py."},
+        metadata={
+            "help": "The reward model: hub id, model folder, adapter folder; or a function, file.py:function.",
+            "aliases": ["--reward_model_path"],
+        },
     )
 
     def __post_init__(self):
@@ -48,15 +53,21 @@ def main(script_args, training_args, model_args):
     train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
     set_seed(training_args.seed)
     policy, peft_config = load_policy(model_args, tokenizer)
-    reward_model = load_reward_model(script_args.reward_model_name_or_path, tokenizer, model_args)
+    if peft_config is not None:
+        policy = get_peft_model(policy, peft_config)
+    reward_model = load_reward(script_args.reward_model_name_or_path, tokenizer, model_args, policy)
 
-    room = min(max_positions(policy), max_positions(reward_model)) - training_args.response_length
+    positions = max_positions(policy)
+    if reward_model.same_tokens:
+        positions = min(positions, reward_model.max_length)
+    room = positions - training_args.response_length
     if room < 8:
         raise UserError(f"--response_length {training_args.response_length} leaves no room for a prompt in the model")
     encode = partial(
         tokenize,
         encode=encode_prompt,
         tokenizer=tokenizer,
+        num_proc=training_args.dataset_num_proc,
         max_prompt_length=min(room, script_args.max_prompt_length or room),
     )
     train, data["tokenized"] = encode(train, name="train")
@@ -64,13 +75,12 @@ def main(script_args, training_args, model_args):
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = PPOTrainer(
-        policy=policy,
+        model=policy,
         args=training_args,
         reward_model=reward_model,
         train_dataset=train,
         eval_dataset=evals,
         processing_class=tokenizer,
-        peft_config=peft_config,
     )
     watch(trainer)
     PartialState().print(plan(trainer, data))
@@ -88,7 +98,9 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    return StageParser((PPOScriptArguments, PPOConfig, ModelArguments), learning_rate=1e-5, logging_steps=1)
+    return StageParser(
+        (PPOScriptArguments, PPOConfig, ModelArguments), learning_rate=1e-5, logging_steps=1, eval_strategy="steps"
+    )
 
 
 if __name__ == "__main__":

@@ -185,10 +185,12 @@ def encode_preference(row, tokenizer, max_length: int, max_prompt_length: int | 
 
 
 def encode_prompt(row, tokenizer, max_prompt_length: int) -> dict:
-    """PPO: `prompt_ids`, ready for the answer's first token."""
+    """PPO: `prompt_ids`, ready for the answer's first token, the `prompt` that they are, the data's `reference`."""
     prompt = shorten_prompt(tokenizer, row["prompt"], max_prompt_length)
     return {
         "prompt_ids": token_ids(tokenizer, prompt, add_generation_prompt=True),
+        "prompt": prompt,
+        "reference": row.get("reference") or "",
         "shortened": len(prompt) < len(row["prompt"]) or prompt[-1] != row["prompt"][-1],
     }
 
@@ -197,7 +199,7 @@ def encode_prompt(row, tokenizer, max_prompt_length: int) -> dict:
 EMPTY = {
     encode_demonstration: {"input_ids": [], "labels": []},
     encode_preference: {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []},
-    encode_prompt: {"prompt_ids": []},
+    encode_prompt: {"prompt_ids": [], "prompt": [], "reference": ""},
 }
 
 

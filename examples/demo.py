@@ -85,7 +85,7 @@ def compare(base: str, folder: Path, seed: int, prompts: int, world: int) -> tup
     for name, path in tqdm(names.items(), desc="compare", leave=False):
         policy = load_frozen_policy(path, tokenizer)
         options = {"pad_id": tokenizer.pad_token_id, "temperature": 1.0}
-        tokens = generate(policy, ids, noise, stop_ids={tokenizer.eos_token_id}, **options)
+        tokens, _, _ = generate(policy, ids, noise, stop_ids={tokenizer.eos_token_id}, **options)
         answers[name] = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
         with torch.no_grad():
             logprobs = read_answers(policy, ids, tokens, **options)[0].sum(1)

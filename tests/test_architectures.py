@@ -76,12 +76,13 @@ FAMILIES = {
         },
         GEMMA,
     ),
-    "gemma2": (
+    "gemma2": (  # soft-caps its logits
         "Gemma2Config",
         {**LLAMA, "tie_word_embeddings": True, "sliding_window": 16, "final_logit_softcapping": 1.0},
         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
         None,
     ),
+    "granite": ("GraniteConfig", {**LLAMA, "logits_scaling": 8.0}, {}, None),
 }
 
 QUICK = {"max_steps": 1, "eval_strategy": "no", "eval_on_start": False}
@@ -115,7 +116,7 @@ def make_base(folder, family):
     return str(folder)
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "gemma2"])
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "granite"])
 def stages(request, tmp_path_factory, data):
     """The folders of one run of each stage on a family's model, and its base."""
     root = tmp_path_factory.mktemp(request.param)
@@ -218,8 +219,8 @@ def test_left_padded_sampling_draws_what_each_prompt_would_draw_alone(stages):
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32, 33, 34]]
     noise = torch.rand(3, 24, generator=torch.Generator().manual_seed(0))  # beyond the sliding window of 16
     options = {"stop_ids": {tokenizer.eos_token_id}, "pad_id": tokenizer.pad_token_id, "temperature": 1.0}
-    together = generate(policy, prompts, noise, **options)
-    assert together == [generate(policy, [p], noise[i, None], **options)[0] for i, p in enumerate(prompts)]
+    together, _, _ = generate(policy, prompts, noise, **options)
+    assert together == [generate(policy, [p], noise[i, None], **options)[0][0] for i, p in enumerate(prompts)]
     for prompt, answer, quantiles in zip(prompts, together, noise, strict=True):
         with torch.no_grad():  # the whole model, without cache and padding
             probabilities = policy(input_ids=torch.tensor([prompt + answer])).logits[0].float().softmax(-1).cumsum(-1)
@@ -229,19 +230,15 @@ def test_left_padded_sampling_draws_what_each_prompt_would_draw_alone(stages):
 
 
 def test_ppo_refuses_logits_that_it_would_get_wrong(tmp_path, data):
-    """Gemma 2 soft-caps its logits after the head; SFT and merge do not mind."""
-    base = make_base(tmp_path / "gemma2", "gemma2")
+    """Granite divides its logits after the head."""
+    base = make_base(tmp_path / "granite", "granite")
+    (tmp_path / "rewards.py").write_text("def nothing(prompts, **_):\n    return [0.0] * len(prompts)\n")
     flags = {"dataset_names": data, "model_name_or_path": base, **QUICK}
-    run_script("sft_training", output_dir=tmp_path / "sft", **flags)
-    merge(adapter_model_name=tmp_path / "sft", output_name=tmp_path / "merged")
-    flags["model_name_or_path"] = tmp_path / "sft"
-    run_script("reward_modeling", output_dir=tmp_path / "reward", **flags)
-    run_script("dpo_training", output_dir=tmp_path / "dpo", **flags)
-    with pytest.raises(UserError, match="rescales its logits"):
+    with pytest.raises(UserError, match="granite changes its logits after the output layer"):
         run_script(
             "ppo_training",
             output_dir=tmp_path / "ppo",
-            reward_model_name_or_path=tmp_path / "reward",
+            reward_model_name_or_path=f"{tmp_path}/rewards.py:nothing",
             response_length=8,
             **flags,
         )

@@ -2,12 +2,9 @@
 
 import math
 
-import ppo_trainer
 from modeling import load_frozen_policy, load_policy, load_reward_model, load_tokenizer
-from ppo_trainer import (
-    BatchSampler,
-    PPOConfig,
-    PPOTrainer,
+from ppo_algorithm import (
+    adapted_kl_coef,
     advantages_and_returns,
     kl_per_token,
     policy_loss,
@@ -15,13 +12,16 @@ from ppo_trainer import (
     value_loss,
     whiten,
 )
+from ppo_trainer import BatchSampler, PPOConfig, PPOTrainer
 from ppo_training import make_parser
+from rewards import load_reward
 from rollout import generate, read_answers, score
 from user_error import UserError
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
 
 def close(tensor, expected, **kwargs):
@@ -111,8 +111,8 @@ def test_an_answer_depends_neither_on_its_neighbours_nor_on_its_padding(policy):
     model, tokenizer = policy
     noise = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
     options = {"stop_ids": set(range(0, 400, 7)), "pad_id": tokenizer.pad_token_id, "temperature": 1.0}
-    together = generate(model, PROMPTS, noise, **options)
-    alone = [generate(model, [p], noise[i : i + 1], **options)[0] for i, p in enumerate(PROMPTS)]
+    together, logprobs, _ = generate(model, PROMPTS, noise, **options)
+    alone = [generate(model, [p], noise[i : i + 1], **options)[0][0] for i, p in enumerate(PROMPTS)]
     assert together == alone
     assert len({len(a) for a in together}) > 1  # so that rows did leave the batch
     for answer in together:
@@ -125,7 +125,8 @@ def test_sampling_draws_the_quantile_of_the_models_own_distribution(policy):
         cumulative = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].div(0.7).softmax(-1).cumsum(-1)
     for quantile in (0.0, 0.3, 0.999):
         noise = torch.full((1, 1), quantile)
-        [[token]] = generate(model, PROMPTS[:1], noise, stop_ids=set(), pad_id=tokenizer.pad_token_id, temperature=0.7)
+        options = {"stop_ids": set(), "pad_id": tokenizer.pad_token_id, "temperature": 0.7}
+        [[token]], _, _ = generate(model, PROMPTS[:1], noise, **options)
         assert cumulative[token] > quantile >= (cumulative[token - 1] if token else 0)
 
 
@@ -161,6 +162,14 @@ def test_scores_do_not_depend_on_padding_and_are_read_at_the_eos(saved, policy):
     assert not torch.allclose(score(reward_model, [[5, 6]], pad), together[:1])
 
 
+def row(i):
+    return {
+        "prompt_ids": [3 + i, 40, 50 + i],
+        "prompt": [{"role": "user", "content": f"Who mends net {i}?"}],
+        "reference": "The three sisters do.",
+    }
+
+
 def make_trainer(saved, folder, prompts=16, **flags):
     flags = {
         "model_name_or_path": saved["sft"],
@@ -174,19 +183,20 @@ def make_trainer(saved, folder, prompts=16, **flags):
         "learning_rate": 1e-3,
         **flags,
     }
-    _, args, model_args = make_parser().parse_args_and_config(
+    script_args, args, model_args = make_parser().parse_args_and_config(
         [p for k, v in flags.items() for p in (f"--{k}", str(v))]
     )
     tokenizer = load_tokenizer(saved["sft"])
     policy, peft_config = load_policy(model_args, tokenizer)
+    if peft_config:
+        policy = get_peft_model(policy, peft_config)
     return PPOTrainer(
-        policy=policy,
+        model=policy,
         args=args,
-        reward_model=load_reward_model(saved["reward"], tokenizer),
-        train_dataset=Dataset.from_list([{"prompt_ids": [3 + i, 40, 50 + i]} for i in range(prompts)]),
-        eval_dataset={},
+        reward_model=load_reward(script_args.reward_model_name_or_path, tokenizer, model_args, policy),
+        train_dataset=Dataset.from_list([row(i) for i in range(prompts)]),
+        eval_dataset={"held": Dataset.from_list([row(i) for i in range(100, 108)])},
         processing_class=tokenizer,
-        peft_config=peft_config,
     )
 
 
@@ -200,7 +210,7 @@ def test_each_mini_batch_is_one_optimizer_step_and_the_first_ratio_is_one(saved,
     trainer.train()
     assert trainer.state.global_step == 2 * 4 * 3
     first = trainer.state.log_history[0]
-    assert first["objective/kl"] == 0.0 and first["episode"] == 8
+    assert abs(first["objective/kl"]) < 1e-4 and first["episode"] == 8
     assert abs(first["val/ratio"] - 1) < 0.1 and first["val/num_eos_tokens"] == first["val/eos_rate"] * 8
     moved = [name for name, value in trained_state(trainer).items() if not torch.equal(value, before[name])]
     assert set(moved) == set(before) and all("default" in name or "value_head" in name for name in moved)
@@ -244,11 +254,10 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_weights(saved, tmp_p
 
 def test_the_policy_learns_what_is_rewarded(saved, tmp_path, monkeypatch):
     """The reward is the share of even tokens: about a half at first, and PPO has to find out."""
-    monkeypatch.setattr(
-        ppo_trainer, "score", lambda model, rows, pad: torch.tensor([sum(t % 2 == 0 for t in r[3:]) / 8 for r in rows])
-    )
     flags = {"max_steps": 20, "per_device_train_batch_size": 64, "learning_rate": 1e-2, "kl_coef": 0.0}
     trainer = make_trainer(saved, tmp_path, prompts=64, **flags)
+    even = lambda rows, *_: torch.tensor([sum(t % 2 == 0 for t in r[3:]) / 8 for r in rows])  # noqa: E731
+    monkeypatch.setattr(trainer.reward, "score_tokens", even)
     trainer.train()
     scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
     assert 0.4 < scores[0] < 0.6 and scores[-1] > 0.7, scores

@@ -1,0 +1,89 @@
+"""Several adapters on one base model: which one computes, copies of one, and one read from a folder.
+
+PEFT's own `set_adapter()` and `disable_adapter()` also switch `requires_grad` of the adapters that they leave, so a
+critic that is trained beside the policy would get no gradients, without an error.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+from adapters import explain_load
+from user_error import UserError
+
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+
+def switches(model) -> list:
+    """The modules that know which adapter is active."""
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def active_adapter(model, name: str | None):
+    """Inside, the adapter of this name computes (None: the base alone); nobody's requires_grad changes."""
+    before = [(module, module._active_adapter, module._disable_adapters) for module in switches(model)]
+    for module, active, _ in before:
+        module._active_adapter, module._disable_adapters = name or active, name is None
+    try:
+        yield
+    finally:
+        for module, active, disabled in before:
+            module._active_adapter, module._disable_adapters = active, disabled
+
+
+def recompute_with_same_adapter(model):
+    """A `context_fn` of gradient checkpointing: backward would recompute with whatever adapter is active then."""
+    some = switches(model)[0]
+
+    def context_fn():
+        active = None if some._disable_adapters else some._active_adapter
+        return nullcontext(), active_adapter(model, active)
+
+    return context_fn
+
+
+def parameters_of(model, adapter: str) -> dict:
+    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}."}
+
+
+def _add(model, config, name: str) -> None:
+    """A new adapter, frozen; PEFT freezes and thaws others on the way."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.add_adapter(name, config)
+    for parameter in parameters_of(model, name).values():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def copy_adapter(model, source: str, name: str) -> None:
+    """Add a frozen copy of an adapter."""
+    _add(model, model.peft_config[source], name)
+    copies = parameters_of(model, name)
+    for key, parameter in parameters_of(model, source).items():
+        copies[key.replace(f".{source}", f".{name}")].data.copy_(parameter.data)
+
+
+def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
+    """Add the frozen LoRA of a folder, whatever head it was trained with.
+
+    Raises:
+        UserError: if a weight of it finds no place.
+    """
+    with explain_load(folder):
+        config = LoraConfig.from_pretrained(folder)
+        config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
+        _add(model, config, name)
+        weights = {key: value for key, value in load_peft_weights(folder, device="cpu").items() if ".lora_" in key}
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    lost = [key for key in loaded.missing_keys if f".{name}." in key] + list(loaded.unexpected_keys)
+    if lost:
+        raise UserError(f"the adapter {folder} does not fit the policy's base: {lost[0]} has no place in it")
+
+
+def is_new(model) -> bool:
+    """Whether a PeftModel's adapter changes nothing yet: the base alone is the policy's starting point."""
+    parameters = parameters_of(model, "default")
+    return not any(p.any() for name, p in parameters.items() if "lora_B" in name or "lora_" not in name)
