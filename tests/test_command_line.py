@@ -102,7 +102,7 @@ def test_a_mistake_ends_a_script_with_exit_code_2_and_no_traceback(wrong):
     assert [line for line in process.stderr.splitlines() if line.startswith("error: ")], process.stderr
 
 
-@pytest.mark.parametrize("script", ["merge_peft_adapter.py", "prepare_data.py"])
+@pytest.mark.parametrize("script", ["merge_peft_adapter.py", "prepare_data.py", "evaluate_model.py"])
 def test_tools_print_their_help_without_loading_a_library(script):
     code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
     code += f"try: runpy.run_path('{script}', run_name='__main__')\n"

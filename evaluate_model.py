@@ -1,0 +1,211 @@
+r"""See that it worked: models side by side on held-out prompts, or a reward model on held-out pairs.
+
+    python evaluate_model.py --model_name_or_path=saved/gpt2_medium_ufb_dpo --baseline=saved/gpt2_medium_uc_sft \
+        --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward --dataset_names=ufb \
+        --output_dir=saved/dpo_eval
+    python evaluate_model.py --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward --dataset_names=ufb,hh \
+        --output_dir=saved/reward_eval
+    python evaluate_model.py --model_name_or_path=saved/sft,saved/dpo --reward_model_name_or_path=my_rewards.py:short \
+        --best_of=8 --dataset_names=my_pairs.jsonl --output_dir=saved/best_of_8
+
+Reads models (hub ids, model or adapter folders, several separated by commas), judges (reward models, or functions as
+in `my_rewards.py:short`; the first picks the best of several samples) and the rows that training on the same names
+holds out. Writes report.md, report.json, report.png and samples.csv; with --best_of pairs of the best and the worst
+sample, which --dataset_names reads. Answers are kept as they come: Ctrl-C loses little, and the same command goes on.
+
+Watch the intervals, not the means: at 200 prompts a win rate is known within 7 points. And read samples.csv: a judge
+that was trained on data like these is no judge of anything else.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from user_error import UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_name_or_path", help="models to evaluate, separated by commas: hub ids, model or adapter folders")
+    add("--baseline", help="the model to compare them with: win rates against it, KL to it")
+    add("--reward_model_name_or_path", help="judges: reward models or file.py:function, separated by commas")
+    add("--dataset_names", help="evaluate on what training on these names holds out: uc, hh@helpful-base, file.jsonl")
+    add("--eval_dataset_names", help="the same, but a file is taken whole")
+    add("--output_dir", required=True, help="folder of the report and of the answers so far")
+    add("--best_of", type=int, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
+    add("--response_length", type=int, default=128, help="longest answer in tokens (128)")
+    add("--temperature", type=float, default=1.0, help="of the sampling; 0 takes the likeliest token (1)")
+    add("--max_prompt_length", type=int, help="longest prompt in tokens; longer ones lose their oldest turns first")
+    add("--max_eval_samples", type=int, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
+    add("--validation_split_percentage", type=float, default=5.0, help="as in training: prompts held out (5)")
+    add("--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)")
+    add("--per_device_eval_batch_size", type=int, default=32, help="rows at a time (32)")
+    add("--seed", type=int, default=42, help="decides the sampling (42)")
+    return parser
+
+
+def labels_of(names: list[str]) -> dict[str, str]:
+    """{short label: name}: the last part of each name, or the whole where that would not tell them apart."""
+    shorts = [name.rpartition(":")[2] if ".py:" in name else Path(name).name for name in names]
+    return {short if shorts.count(short) == 1 else name: name for short, name in zip(shorts, names, strict=True)}
+
+
+def split_names(text: str | None) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def check(args) -> None:
+    """Refuse what could only end in a misleading report."""
+    if not args.model_name_or_path and not args.reward_model_name_or_path:
+        raise UserError("nothing to evaluate: give --model_name_or_path, or --reward_model_name_or_path alone")
+    if args.baseline and not args.model_name_or_path:
+        raise UserError("--baseline needs a --model_name_or_path to compare with it")
+    if not args.dataset_names and not args.eval_dataset_names:
+        raise UserError(
+            "--dataset_names is missing: give those that the model was trained on; see prepare_data.py --list"
+        )
+    if args.dataset_names and args.eval_dataset_names:
+        raise UserError("give --dataset_names or --eval_dataset_names, not both")
+    if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):
+        raise UserError("--best_of needs a --model_name_or_path and a --reward_model_name_or_path that picks")
+    if args.best_of > 1 and args.temperature == 0:
+        raise UserError("--best_of with --temperature 0 would compare copies of one answer: sample at 1")
+    for name in ("best_of", "response_length", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature:g}: give 0 or more")
+
+
+def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:
+    from prepare_data import describe, load_held_out
+
+    evals, data = load_held_out(
+        args.dataset_names or args.eval_dataset_names,
+        task,
+        whole_files=not args.dataset_names,
+        validation_split_percentage=args.validation_split_percentage,
+        max_eval_samples=args.max_eval_samples or most,
+        max_bad_percentage=args.max_bad_percentage,
+    )
+    print(describe(data))
+    return [row for rows in evals.values() for row in rows], data
+
+
+def load_judges(args, device) -> dict:
+    from rewards import load_reward
+
+    judges = {}
+    for label, name in labels_of(split_names(args.reward_model_name_or_path)).items():
+        judges[label] = load_reward(name)
+        if hasattr(judges[label], "model"):
+            judges[label].model.to(device)
+    return judges
+
+
+def evaluate_models(args, device, folder: Path) -> dict:
+    """The report on models: see `evaluation_tables.summarize`."""
+    from evaluation_answers import Answer, Contestant, answer, judge, measure
+    from evaluation_tables import pick_best, summarize, write_pairs, write_samples
+
+    judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
+    rows, data = load_rows(args, "prompt", 200)
+    asked = split_names(args.model_name_or_path)
+    names = labels_of(split_names(args.baseline) + [name for name in asked if name != args.baseline])
+    base_label = next((label for label, name in names.items() if name == args.baseline), None)
+    size = {"batch_size": args.per_device_eval_batch_size}
+    room = (args.response_length, args.max_prompt_length, device)
+    baseline, answers, measured = None, {}, {}
+    for label, name in names.items():  # one in memory at a time, beside the baseline
+        model = Contestant(name, label, *room)
+        baseline = model if label == base_label else baseline
+        answers[label] = answer(
+            model,
+            rows,
+            folder / "answers",
+            samples=args.best_of if name in asked else 1,
+            temperature=args.temperature,
+            seed=args.seed,
+            **size,
+        )
+        able = [i for i, made in enumerate(answers[label]) if made]
+        if not able:
+            raise UserError(f"no prompt fits {name}: each is too long for its positions, or its template refuses it")
+        found = measure(
+            model,
+            baseline,
+            [rows[i] for i in able],
+            [answers[label][i][0] for i in able],
+            args.temperature or 1.0,
+            **size,
+        )
+        measured[label] = dict(zip(able, found, strict=True))
+    kept = [i for i in range(len(rows)) if all(made[i] for made in answers.values())]
+    if not kept:
+        raise UserError(f"no prompt is left that all of {', '.join(names.values())} can read")
+    if len(kept) < len(rows):
+        data["notes"].append(f"{len(rows) - len(kept)} prompts left out that not all of the models can read")
+    rows = [rows[i] for i in kept]
+    answers = {label: [made[i] for i in kept] for label, made in answers.items()}
+    measured = {label: [found[i] for i in kept] for label, found in measured.items()}
+
+    if any(row["reference"] for row in rows):
+        references = [[Answer([], row["reference"], True)] if row["reference"] else [None] for row in rows]
+        answers["data"] = references
+        measured["data"] = [{} for _ in rows]
+    scores = {
+        name: {label: [[None] * len(some) for some in made] for label, made in answers.items()} for name in judges
+    }
+    flat = [(label, i, k) for label, made in answers.items() for i, some in enumerate(made) for k in range(len(some))]
+    flat = [(label, i, k) for label, i, k in flat if answers[label][i][k]]
+    for name, reward in judges.items():
+        columns = {column: [rows[i][column] for _, i, _ in flat] for column in ("reference", "dataset")}
+        prompts, texts = [rows[i]["prompt"] for _, i, _ in flat], [answers[label][i][k] for label, i, k in flat]
+        for (label, i, k), value in zip(flat, judge(reward, name, prompts, texts, columns, **size), strict=True):
+            scores[name][label][i][k] = value
+    best_of = {}
+    if args.best_of > 1:
+        best_of = {label: pick_best(label, answers, measured, scores) for label in names if names[label] in asked}
+        for label in best_of:
+            write_pairs(
+                folder / f"pairs_{label.replace('/', '_')}.jsonl", rows, answers[label], scores[list(judges)[0]][label]
+            )
+    report = summarize(rows, answers, measured, scores, base_label)
+    write_samples(folder / "samples.csv", rows, answers, scores)
+    return report | {"models": names, "baseline": base_label, "judges": list(judges), "best_of": best_of, "data": data}
+
+
+def main(args):
+    check(args)
+    import environment  # noqa: F401
+    from evaluation_report import print_report, write_report
+    from evaluation_tables import reward_report
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(args.output_dir)
+    if args.model_name_or_path:
+        report = evaluate_models(args, device, folder)
+    else:
+        rows, data = load_rows(args, "preference", 2000)
+        report = reward_report(load_judges(args, device), rows, folder, args.per_device_eval_batch_size) | {
+            "data": data
+        }
+    report["settings"] = vars(args)
+    write_report(report, folder)
+    print_report(report, folder)
+
+
+if __name__ == "__main__":
+    try:
+        main(make_parser().parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped: {str(stopped) or 'no report yet'}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,236 @@
+"""What an evaluation found, as numbers: by model and dataset, of a reward model by dataset, and the rows behind them.
+
+Answers, scores and measurements are {label: one entry a row}, in the order of the rows; an answer's entry is the list
+of its samples, and the first of them is the model's answer. The data's own answers have the label "data".
+"""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+from evaluation_answers import Answer, judge, prompt_key
+from evaluation_statistics import (
+    best_of_curve,
+    calibration,
+    distinct,
+    interval,
+    kendall,
+    mean,
+    ranked_sets,
+    rouge,
+    spearman,
+    win_rate,
+)
+
+
+def groups_of(rows) -> dict[str, list[int]]:
+    """The rows of each dataset, and of all where there are several."""
+    found = {}
+    for i, row in enumerate(rows):
+        found.setdefault(row["dataset"], []).append(i)
+    return {"all": list(range(len(rows))), **found} if len(found) > 1 else found
+
+
+def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
+    """{"groups": {dataset: {label: figures}}, "raw": what the picture draws}; what cannot be known is None.
+
+    Figures: "kl" (to the baseline), "tokens", "words", "ended", "empty", "distinct_1", "distinct_2", ROUGE with the
+    data's answers, "perplexity" of the model's own answers and "reference_perplexity" of the data's; and by judge
+    "score", and the win rates "against_baseline" and "against_data".
+    """
+    with_reference = [i for i, row in enumerate(rows) if row["reference"]]
+    rouges = {}
+    for label in answers:
+        texts = [answers[label][i][0].text for i in with_reference] if label != "data" else []
+        found = rouge(texts, [rows[i]["reference"] for i in with_reference][: len(texts)])
+        rouges[label] = {name: dict(zip(with_reference, values, strict=False)) for name, values in found.items()}
+
+    def figures(label, group):
+        own = [i for i in group if answers[label][i][0]]
+        texts = [answers[label][i][0].text for i in own]
+        found = {
+            "kl": interval(v for i in own if (v := measured[label][i].get("kl")) is not None),
+            "kl_by": next((by for i in own if (by := measured[label][i].get("kl_by"))), None),
+            "tokens": mean(v for i in own if (v := measured[label][i].get("tokens")) is not None),
+            "words": mean(len(text.split()) for text in texts),
+            "ended": mean(answers[label][i][0].ended for i in own) if label != "data" else None,
+            "empty": sum(not text for text in texts),
+            "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2),
+            **{name: mean(values[i] for i in own if i in values) for name, values in rouges[label].items()},
+            "perplexity": perplexity([measured[label][i] for i in own], ""),
+            "reference_perplexity": perplexity([measured[label][i] for i in own], "reference_"),
+            "judged": {},
+        }
+        for name, by_label in scores.items():
+            ours = {i: by_label[label][i][0] for i in own}
+            found["judged"][name] = {"score": interval(ours.values())}
+            for other, key in ((baseline, "against_baseline"), ("data", "against_data")):
+                theirs = {i: s[0] for i, s in enumerate(by_label.get(other, [])) if s[0] is not None}
+                both = [i for i in own if i in theirs]
+                found["judged"][name][key] = win_rate([ours[i] for i in both], [theirs[i] for i in both])
+        return found
+
+    groups = {name: {label: figures(label, group) for label in answers} for name, group in groups_of(rows).items()}
+    sizes = {name: len(group) for name, group in groups_of(rows).items()}
+    raw = {
+        "scores": {name: {label: first_samples(v) for label, v in found.items()} for name, found in scores.items()},
+        "words": {label: [len(s[0].text.split()) for s in v if s[0]] for label, v in answers.items()},
+        "samples": [
+            {"prompt": rows[i]["prompt"], "answers": {label: v[i][0].text for label, v in answers.items() if v[i][0]},
+             "scores": {name: {label: v[i][0] for label, v in s.items()} for name, s in scores.items()}}
+            for i in range(min(3, len(rows)))
+        ],
+    }  # fmt: skip
+    return {"prompts": sizes, "groups": groups, "raw": raw}
+
+
+def first_samples(entries) -> list[float]:
+    return [samples[0] for samples in entries if samples[0] is not None]
+
+
+def perplexity(measured, prefix: str) -> float | None:
+    """exp of the mean negative log-probability a token, over all tokens; None where it would be infinite."""
+    found = [(m[f"{prefix}logprob"], m[f"{prefix}tokens"]) for m in measured if f"{prefix}logprob" in m]
+    tokens = sum(size for _, size in found)
+    loss = -sum(logprob for logprob, _ in found) / max(tokens, 1)
+    return math.exp(loss) if tokens and loss < 700 else None
+
+
+def pick_best(label: str, answers, measured, scores) -> dict:
+    """Adds the best of a model's samples by the first judge as if of a model `label@N`.
+
+    Returns:
+        "picker", its name; "curve": by judge the mean score of the best of k samples; "gain": by judge how much more
+        the best of all scores than the first one.
+    """
+    picker = next(iter(scores))
+    samples = len(answers[label][0])
+    best = [max(range(samples), key=row.__getitem__) for row in scores[picker][label]]
+    name = f"{label}@{samples}"
+    answers[name] = [[row[k]] for row, k in zip(answers[label], best, strict=True)]
+    measured[name] = [{"tokens": len(row[0].ids)} for row in answers[name]]
+    for found in scores.values():
+        found[name] = [[row[k]] for row, k in zip(found[label], best, strict=True)]
+    return {
+        "picker": picker,
+        "curve": {judge: best_of_curve(found[label], scores[picker][label]) for judge, found in scores.items()},
+        "gain": {
+            judge: interval(best[0] - first[0] for best, first in zip(found[name], found[label], strict=True))
+            for judge, found in scores.items()
+        },
+    }
+
+
+def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list[float]]) -> int:
+    """The best and the worst sample of each prompt as preference data, where they differ; returns how many."""
+    lines = []
+    for row, samples, values in zip(rows, answers, scores, strict=True):
+        best, worst = (pick(range(len(values)), key=values.__getitem__) for pick in (max, min))
+        chosen, rejected = samples[best].text, samples[worst].text
+        if values[best] > values[worst] and chosen and rejected and chosen != rejected:
+            pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+            lines.append(json.dumps(pair | {"score_chosen": values[best], "score_rejected": values[worst]}))
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def conversation(prompt) -> str:
+    """A prompt as text: a question alone as it is, a dialogue with its roles."""
+    return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in prompt)
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_samples(path: Path, rows, answers, scores) -> None:
+    """A row a prompt: dataset, prompt, each model's answer and its scores, the data's own as `reference`."""
+    lines = []
+    for i, row in enumerate(rows):
+        line = {"dataset": row["dataset"], "prompt": conversation(row["prompt"])}
+        for label, found in answers.items():
+            name = "reference" if label == "data" else label
+            line[name] = found[i][0].text if found[i][0] else ""
+            line |= {f"{name} {judge}": by_label[label][i][0] for judge, by_label in scores.items()}
+        lines.append({**line, "reference": row["reference"]})
+    write_table(path, lines)
+
+
+def reward_report(judges: dict, rows: list[dict], folder: Path, batch_size: int) -> dict:
+    """The report on reward models, by judge and dataset, from pairs that people have compared.
+
+    Writes samples.csv and, for the first judge, score_statistics.json: the mean and standard deviation of its scores,
+    as PPO reads them from a reward model's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # of an answer of several turns the last is scored, the others are part of what it answers
+    sides = {side: [(row["prompt"] + row[side][:-1], row[side][-1]["content"]) for row in rows] for side in SIDES}
+    prompts = [prompt for side in SIDES for prompt, _ in sides[side]]
+    answers = [Answer([], text, True) for side in SIDES for _, text in sides[side]]
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    columns = {"dataset": [row["dataset"] for row in rows] * 2}
+    found, raw, table = {}, {}, []
+    for name, reward in judges.items():
+        scores = judge(reward, name, prompts, answers, columns, batch_size)
+        chosen, rejected = scores[: len(rows)], scores[len(rows) :]
+        texts = [[answer.text for answer in answers[start:][: len(rows)]] for start in (0, len(rows))]
+        found[name] = {
+            group: reward_figures(*([part[i] for i in at] for part in (keys, *texts, chosen, rejected)))
+            for group, at in groups_of(rows).items()
+        }
+        raw[name] = {
+            "margins": [a - b for a, b in zip(chosen, rejected, strict=True)],
+            "scores": scores,
+            "words": [len(answer.text.split()) for answer in answers],
+        }
+        for i, row in enumerate(rows):
+            if len(table) <= i:
+                parts = {side: sides[side][i][1] for side in SIDES}
+                table.append({"dataset": row["dataset"], "prompt": conversation(sides["chosen"][i][0]), **parts})
+            table[i] |= {f"chosen {name}": chosen[i], f"rejected {name}": rejected[i]}
+    write_table(folder / "samples.csv", table)
+    whole = next(iter(next(iter(found.values())).values()))
+    statistics = {"mean": whole["mean"], "std": whole["std"], "rows": 2 * len(rows)}
+    (folder / "score_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    pairs = {name: len(at) for name, at in groups_of(rows).items()}
+    return {"pairs": pairs, "reward_models": found, "raw": raw}
+
+
+SIDES = ("chosen", "rejected")
+
+
+def reward_figures(keys, chosen_texts, rejected_texts, chosen, rejected) -> dict:
+    """What is known of a reward model from pairs; lengths are in words, intervals draw whole prompts."""
+    texts, scores = chosen_texts + rejected_texts, chosen + rejected
+    lengths = [len(text.split()) for text in texts]
+    pairs = zip(lengths, lengths[len(keys) :], chosen, rejected, strict=False)
+    longer = [(a > b, (a - b) * (high - low) > 0) for a, b, high, low in pairs if a != b]
+    score_of = {}
+    for key, text, value in zip(keys * 2, texts, scores, strict=True):
+        score_of[key, text] = value
+    pairs = [
+        (key, (key, better), (key, worse))
+        for key, better, worse in zip(keys, chosen_texts, rejected_texts, strict=True)
+    ]
+    sets, partial = ranked_sets(pairs)
+    orders = [([score_of[answer] for answer in answers], [-above for above in better]) for answers, better in sets]
+    center = sum(scores) / len(scores)
+    return {
+        "accuracy": win_rate(chosen, rejected, keys),
+        "margin": mean(a - b for a, b in zip(chosen, rejected, strict=True)),
+        "calibration": calibration(a - b for a, b in zip(chosen, rejected, strict=True)),
+        "length_correlation": spearman(lengths, scores),
+        "longer_preferred": mean(people for people, _ in longer),
+        "longer_scored_higher": mean(model for _, model in longer),
+        "ranked_sets": len(sets),
+        "partial_sets": partial,
+        "kendall": mean(v for order in orders if (v := kendall(*order)) is not None),
+        "spearman": mean(v for order in orders if (v := spearman(*order)) is not None),
+        "mean": center,
+        "std": math.sqrt(sum((value - center) ** 2 for value in scores) / len(scores)),
+    }
