@@ -138,10 +138,12 @@ class StageParser(TrlParser):
         """
         args = list(sys.argv[1:] if args is None else args)
         files, flags = _split_config(args)
-        tokens = [token for file in files for token in self._read_yaml(file)]
+        given = [token for file in files for token in self._read_yaml(file)] + flags
+        if "--load_best_model_at_end" in given and not any(word.startswith("--save_strategy") for word in given):
+            given += ["--save_strategy", "best"]  # or evaluations and checkpoints would have to fall on the same steps
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
-                [*tokens, *flags], return_remaining_strings=True, look_for_args_file=False
+                given, return_remaining_strings=True, look_for_args_file=False
             )
         except (
             ValueError,

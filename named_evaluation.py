@@ -1,5 +1,7 @@
 """Evaluation metrics under the name of their dataset, each row counted once."""
 
+from user_error import UserError
+
 
 class NamedEvaluation:
     """For TRL's trainers: `eval_hh_accuracy` where several datasets would share `eval_accuracy`.
@@ -15,6 +17,15 @@ class NamedEvaluation:
             for values in self._metrics["eval"].values():
                 values += values[-1:] * (rows - 1)
         return result
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        best = self.args.metric_for_best_model
+        if best and metric_key_prefix == "eval" and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            known = [key for key in metrics if not key.endswith(("_runtime", "_per_second", "epoch", "_num_tokens"))]
+            hint = "\n  --generate_eval_samples 100 adds the ROUGE of generated answers" if "rouge" in best else ""
+            raise UserError(f"--metric_for_best_model {best}: there is {', '.join(known)}{hint}")
+        return metrics
 
     def log(self, logs, start_time=None):
         loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")

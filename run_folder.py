@@ -132,6 +132,7 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         "tokenizer_sha256": tokenizer_sha256(trainer.processing_class),
         "data": data,
         "metrics": {"first": first, "last": last},
+        "saved_checkpoint": trainer.state.best_model_checkpoint if training_args.load_best_model_at_end else None,
         "versions": {package: version(package) for package in PACKAGES},
     }
     path = folder / "run.json"
@@ -139,8 +140,12 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
     unfinished.write_text(json.dumps(run, indent=2, default=str) + "\n")
     unfinished.replace(path)
     (folder / "README.md").write_text(model_card(folder.name, run, script_args.dataset_names))
-    for key in (key for key in first if key.startswith("eval_") and key.endswith(("loss", "accuracy", "margins"))):
+    shown = ("loss", "accuracy", "margins", "rouge_avg")
+    for key in (key for key in first if key.startswith("eval_") and key.endswith(shown)):
         print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}")
+    if run["saved_checkpoint"]:
+        best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
+        print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")
     print(f"saved in {folder}; next:")
     for command in then:
         print(f"  {command}" if command.startswith("python") else f"  accelerate launch {command}")

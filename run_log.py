@@ -9,13 +9,13 @@ from transformers import ProgressCallback, TrainerCallback
 # What a reader wants to see of a stage, in this order: curves are drawn of all that a log has, the bar shows the first
 # ones.
 CURVES = [
-    "loss", "mean_token_accuracy", "accuracy", "margin", "rewards/accuracies", "rewards/margins",
+    "loss", "mean_token_accuracy", "rouge_avg", "accuracy", "margin", "rewards/accuracies", "rewards/margins",
     "objective/scores", "objective/kl", "val/mean_length", "loss/policy_avg", "loss/value_avg",
 ]  # fmt: skip
 
 
 class RunLog(TrainerCallback):
-    """Writes each log entry to `training_log.jsonl` and draws the curves when training ends."""
+    """Writes each log entry to `training_log.jsonl` and draws the curves at each checkpoint."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -29,8 +29,11 @@ class RunLog(TrainerCallback):
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+    def on_save(self, args, state, control, **kwargs):
+        self.draw()  # so that a run that is killed leaves them beside its last checkpoint
+
+    def draw(self):
+        if hasattr(self, "path"):
             draw_curves(self.path, self.path.with_name("learning_curves.png"))
 
 
@@ -87,9 +90,18 @@ class Progress(TrainerCallback):
 
 def watch(trainer) -> None:
     """Give a trainer the log, the curves and the bar of this module."""
+    log, train = RunLog(), trainer.train
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunLog())
+    trainer.add_callback(log)
     trainer.add_callback(Progress())
+
+    def train_and_draw(*args, **kwargs):
+        try:
+            return train(*args, **kwargs)
+        finally:
+            log.draw()  # however it ends: Ctrl-C and errors reach no callback
+
+    trainer.train = train_and_draw
 
 
 def short(name: str) -> str:

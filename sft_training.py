@@ -4,17 +4,23 @@ r"""Supervised fine-tuning: teach a base model to answer, by showing it answers.
         --output_dir=saved/gpt2_medium_uc_sft --dataset_names=uc
     accelerate launch sft_training.py --config configs/sft.yaml
     accelerate launch sft_training.py --config configs/sft.yaml --no_use_peft --learning_rate 2e-5
+    accelerate launch sft_training.py --config configs/sft.yaml --eval_strategy steps --eval_steps 200 \
+        --generate_eval_samples 100 --metric_for_best_model eval_rouge_avg --load_best_model_at_end \
+        --early_stopping_patience 3
 
 Reads demonstrations (`prompt`, `completion`; see prepare_data.py --list) and writes a LoRA adapter with tokenizer and
 chat template: the policy that reward_modeling.py, dpo_training.py and ppo_training.py start from. The loss lies on the
 assistant's turns of the completion, each with its EOS.
 
 Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while `loss` falls, stop earlier.
+`eval_rouge_avg` is of answers that the model generates itself.
 """
 
+from dataclasses import dataclass, field
 from functools import partial
 
 from command_line import ModelArguments, ScriptArguments, StageParser, run
+from generation_metric import GeneratedRouge, Patience
 from modeling import fit_length, load_policy, load_tokenizer
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
@@ -28,7 +34,25 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 
-class CheckedSFTTrainer(NamedEvaluation, SFTTrainer):
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    generate_eval_samples: int = field(
+        default=0, metadata={"help": "Generate so many answers at each evaluation and report their ROUGE; 0 for none."}
+    )
+    generate_eval_length: int = field(default=64, metadata={"help": "The longest of these answers, in tokens."})
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},
+    )
+
+    def __post_init__(self):
+        if min(self.generate_eval_samples, self.early_stopping_patience, self.generate_eval_length - 1) < 0:
+            raise UserError(
+                "--generate_eval_samples, its length and --early_stopping_patience are no negative numbers"
+            )
+
+
+class CheckedSFTTrainer(NamedEvaluation, GeneratedRouge, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -38,6 +62,8 @@ def main(script_args, training_args, model_args):
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
     if training_args.packing and "flash" not in (model_args.attn_implementation or ""):
         raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
+    if script_args.early_stopping_patience and not training_args.metric_for_best_model:
+        raise UserError("--early_stopping_patience needs --metric_for_best_model, such as eval_rouge_avg")
 
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train, evals, data = load_datasets(
@@ -67,6 +93,10 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    if script_args.generate_eval_samples:
+        trainer.generate_at_evaluations(script_args.generate_eval_samples, script_args.generate_eval_length)
+    if script_args.early_stopping_patience:
+        trainer.add_callback(Patience(script_args.early_stopping_patience))
     watch(trainer)
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:
@@ -86,7 +116,7 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    return StageParser((ScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
+    return StageParser((SFTScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
 
 
 if __name__ == "__main__":
