@@ -88,7 +88,13 @@ def load_adapter(model, adapter: str, trainable: bool = False, task: bool = True
     with explain_load(adapter):
         config = PeftConfig.from_pretrained(adapter)
         config.task_type = config.task_type if task else None
-        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config)
+        peft_model = PeftModel.from_pretrained(
+            model,
+            adapter,
+            is_trainable=trainable,
+            config=config,
+            low_cpu_mem_usage=not trainable,  # draws no random weights to overwrite them
+        )
         check_loaded(peft_model, adapter)
     return peft_model
 

@@ -280,12 +280,7 @@ def load_merge_base(base: str, adapter: str, tokenizer):
         options = {"num_labels": labels[0]} if labels else {}
     with explain_load(base):
         model, info = auto_class.from_pretrained(
-            base,
-            revision=base_revision(adapter),
-            dtype="float32",
-            output_loading_info=True,
-            disable_mmap=True,
-            **options,
+            base, revision=base_revision(adapter), dtype="float32", output_loading_info=True, **options
         )
     if lacks := sorted(info["missing_keys"] - head):
         raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")

@@ -6,6 +6,9 @@
 Makes a random model of about 500 MB and an adapter on it in a temporary folder. Each measurement is a process of its
 own, with everything imported before its clock starts; a table of medians is printed.
 
+`load + save` never holds the weights: loading maps the file, and saving copies it. A merge has to make new ones, as
+`load (weights read) + save` does, which copies each into memory of its own.
+
 Peak memory is what the process holds beyond its imports: `peak RSS` counts the pages of the base's file that the
 kernel shares and can drop at any time, `private` does not.
 """
@@ -13,7 +16,9 @@ kernel shares and can drop at any time, `private` does not.
 import argparse
 import gc
 import json
+import mmap
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-LINES = ("load + save", "merge, without verification", "merge, as it is run")
+LINES = ("load + save", "load (weights read) + save", "merge, without verification", "merge, as it is run")
+MERGED = LINES[2:]
 
 
 def make(folder: Path, dtype: str, megabytes: int) -> None:
@@ -55,6 +61,14 @@ def memory() -> dict:
     return {"rss": int(status["VmRSS"][0]) / 1024, "private": int(status["RssAnon"][0]) / 1024}
 
 
+def warm_memory(size: int = 3 << 30) -> None:
+    """Use free memory once: in a virtual machine a page's first use costs several times a later one's.
+
+    Otherwise the line that runs after one that has just freed its memory is the fast one.
+    """
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+
+
 def measure(line: str, folder: Path) -> None:
     """One measurement, printed as JSON: seconds, seconds of verification, and megabytes above the start."""
     import fingerprints
@@ -70,17 +84,18 @@ def measure(line: str, folder: Path) -> None:
     def timed(function, off=None):
         def wrapper(*args):
             start = time.perf_counter()
-            result = off if line == LINES[1] else function(*args)
+            result = off if line == MERGED[0] else function(*args)
             apart[0] += time.perf_counter() - start
             return result
 
         return wrapper
 
-    # what proves the merge; off for the second line
+    # what proves the merge; off for the third line
     merge_peft_adapter.probe_logits = timed(merge_peft_adapter.probe_logits, torch.ones(1))
     merge_peft_adapter.prove = timed(merge_peft_adapter.prove, 0.0)
     fingerprints.weights_sha256 = timed(fingerprints.weights_sha256)
     gc.freeze()  # the libraries' own objects, which else are searched in the middle of a measurement
+    warm_memory()
     start, peak, done = memory(), {"rss": 0, "private": 0}, threading.Event()
 
     def watch():
@@ -91,12 +106,15 @@ def measure(line: str, folder: Path) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     clock = time.perf_counter()
-    if line == LINES[0]:
+    if line not in MERGED:
         dtype = AutoConfig.from_pretrained(folder / "base").dtype
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        if line == LINES[1]:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
         model.to(dtype).save_pretrained(folder / "saved")
     else:
-        flags = [f"--adapter_model_name={folder / 'adapter'}", f"--output_name={folder / 'merged'}", "--overwrite"]
+        flags = [f"--adapter_model_name={folder / 'adapter'}", f"--output_name={folder / 'saved'}"]
         merge_peft_adapter.main(merge_peft_adapter.make_parser().parse_args(flags))
     seconds = time.perf_counter() - clock
     done.set()
@@ -113,6 +131,7 @@ def main(args):
         runs = {line: [] for line in LINES}
         for _ in range(args.repeats):  # in turn, so that a busy machine is busy for all
             for line in LINES:
+                shutil.rmtree(Path(folder, "saved"), ignore_errors=True)
                 command = [sys.executable, __file__, "--measure", line, "--folder", folder]
                 output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
                 runs[line].append(json.loads(output.splitlines()[-1]))
