@@ -112,12 +112,13 @@ def evaluate_models(args, device, folder: Path) -> dict:
     judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
     rows, data = load_rows(args, "prompt", 200)
     asked = split_names(args.model_name_or_path)
-    names = labels_of(split_names(args.baseline) + [name for name in asked if name != args.baseline])
+    names = labels_of(([] if args.baseline in asked else split_names(args.baseline)) + asked)
     base_label = next((label for label, name in names.items() if name == args.baseline), None)
     size = {"batch_size": args.per_device_eval_batch_size}
     room = (args.response_length, args.max_prompt_length, device)
     baseline, answers, measured = None, {}, {}
-    for label, name in names.items():  # one in memory at a time, beside the baseline
+    # one in memory at a time, beside the baseline, to which all are compared
+    for label, name in sorted(names.items(), key=lambda item: item[0] != base_label):
         model = Contestant(name, label, *room)
         baseline = model if label == base_label else baseline
         answers[label] = answer(
@@ -147,8 +148,8 @@ def evaluate_models(args, device, folder: Path) -> dict:
     if len(kept) < len(rows):
         data["notes"].append(f"{len(rows) - len(kept)} prompts left out that not all of the models can read")
     rows = [rows[i] for i in kept]
-    answers = {label: [made[i] for i in kept] for label, made in answers.items()}
-    measured = {label: [found[i] for i in kept] for label, found in measured.items()}
+    answers = {label: [answers[label][i] for i in kept] for label in names}
+    measured = {label: [measured[label][i] for i in kept] for label in names}
 
     if any(row["reference"] for row in rows):
         references = [[Answer([], row["reference"], True)] if row["reference"] else [None] for row in rows]
@@ -166,13 +167,13 @@ def evaluate_models(args, device, folder: Path) -> dict:
             scores[name][label][i][k] = value
     best_of = {}
     if args.best_of > 1:
-        best_of = {label: pick_best(label, answers, measured, scores) for label in names if names[label] in asked}
+        best_of = {label: pick_best(label, scores) for label in names if names[label] in asked}
         for label in best_of:
             write_pairs(
                 folder / f"pairs_{label.replace('/', '_')}.jsonl", rows, answers[label], scores[list(judges)[0]][label]
             )
     report = summarize(rows, answers, measured, scores, base_label)
-    write_samples(folder / "samples.csv", rows, answers, scores)
+    write_samples(folder / "samples.csv", rows, answers, scores, best_of)
     return report | {"models": names, "baseline": base_label, "judges": list(judges), "best_of": best_of, "data": data}
 
 

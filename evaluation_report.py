@@ -11,7 +11,7 @@ NAME = 15  # of a model, on the terminal
 def number(value, digits: int = 2) -> str:
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
+    return f"{round(value, digits) + 0.0:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"  # + 0.0: no "-0.00"
 
 
 def percent(value) -> str:
@@ -20,7 +20,7 @@ def percent(value) -> str:
 
 def between(found) -> str:
     """A value with its interval: `2.10 (1.98 to 2.22)`."""
-    return "-" if found is None else f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+    return "-" if found is None else f"{number(found['mean'])} ({number(found['low'])} to {number(found['high'])})"
 
 
 def share(found) -> str:
@@ -173,7 +173,9 @@ def notes(report) -> list[str]:
             "reads them",
         ]
         if partial:
-            lines.append(f"{partial} prompts of several answers lack pairs, so their order is not known")
+            lines.append(
+                f"prompts with three answers and more that lack pairs, so that their order is unknown: {partial}"
+            )
         return lines
     settings, figures = report["settings"], next(iter(report["groups"].values()))
     lines.append(
@@ -261,15 +263,23 @@ def draw(report, path: Path) -> None:
     panels = reward_panels(report) if "reward_models" in report else model_panels(report)
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    ):
         figure, axes = pyplot.subplots(
-            lines, columns, figsize=(5 * columns, 3.8 * lines), squeeze=False, layout="constrained"
+            lines, columns, figsize=(4.8 * columns, 3.5 * lines), squeeze=False, layout="constrained"
         )
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         for axis, panel in zip(axes.flat, panels, strict=False):
             panel(axis)
+            axis.grid(alpha=0.3)
         for axis in list(axes.flat)[len(panels) :]:
             axis.axis("off")
-        figure.savefig(path, dpi=110)
+        if "groups" in report:
+            for label, color in colors_of(report).items():
+                axes.flat[0].plot([], [], "o-", color=color, label=short(label))
+            figure.legend(loc="outside lower center", ncols=6, frameon=False)
+        figure.savefig(path, dpi=100)
         pyplot.close(figure)
 
 
@@ -277,99 +287,87 @@ def short(label: str) -> str:
     return label if len(label) <= NAME else label[: NAME - 1] + "…"
 
 
-def bars(axis, found: dict, title: str, unit: str, color: str = "C0", scale: float = 1) -> None:
-    """Points with their intervals, one a line, the first on top."""
+def colors_of(report) -> dict[str, str]:
+    labels = next(iter(report["groups"].values()))
+    return {label: "grey" if label == "data" else f"C{i}" for i, label in enumerate(labels)}
+
+
+def reach(found: dict, scale: float = 1) -> list[list[float]]:
+    """How far an interval reaches to both sides of its mean, as matplotlib wants it."""
+    sides = found["mean"] - found["low"], found["high"] - found["mean"]
+    return [[scale * max(side, 0)] for side in sides]
+
+
+def points(axis, found: dict, colors: dict, title: str, unit: str, scale: float = 1) -> None:
+    """Means with their intervals, one a line, the first on top."""
     found = {label: value for label, value in found.items() if value}
-    for i, value in enumerate(found.values()):
-        low, high = scale * (value["mean"] - value["low"]), scale * (value["high"] - value["mean"])
-        axis.errorbar(scale * value["mean"], i, xerr=[[max(low, 0)], [max(high, 0)]], fmt="o", color=color, capsize=4)
+    for i, (label, value) in enumerate(found.items()):
+        axis.errorbar(scale * value["mean"], i, xerr=reach(value, scale), fmt="o", color=colors[label], capsize=4)
     axis.set_yticks(range(len(found)), [short(label) for label in found])
     axis.set_ylim(len(found) - 0.4, -0.6)
     axis.set(title=title, xlabel=unit)
-    axis.grid(axis="x", alpha=0.3)
 
 
 def model_panels(report) -> list:
     """Functions that draw what is known, each into its axes."""
-    figures, baseline = next(iter(report["groups"].values())), report["baseline"]
+    figures, baseline, judges = next(iter(report["groups"].values())), report["baseline"], report["judges"]
+    colors = colors_of(report)
     models = {label: f for label, f in figures.items() if label != "data"}
     panels = []
 
-    def win_panel(judge, key, other):
-        def panel(axis):
-            found = {label: f["judged"][judge][key] for label, f in figures.items() if label != other}
-            bars(axis, found, f"wins against {short(other)}", f"% of prompts, by {judge}, 95% interval", scale=100)
-            axis.axvline(50, color="grey", linestyle=":")
-            axis.set_xlim(-3, 103)
+    def add(found, title, unit, scale=1):
+        if any(found.values()):
+            panels.append(lambda axis: points(axis, found, colors, title, unit, scale))
 
-        return panel
-
-    for judge in report["judges"]:
+    for judge in judges:
         scores = {label: f["judged"][judge]["score"] for label, f in figures.items()}
-        panels.append(lambda axis, s=scores, j=judge: bars(axis, s, f"score by {j}", "mean score, 95% interval", "C1"))
-    for judge in report["judges"][:1]:
+        add(scores, f"score by {judge}", "mean, 95% interval")
+    for judge in judges[:1]:
         for key, other in (("against_baseline", baseline), ("against_data", "data")):
-            if any(f["judged"][judge][key] for label, f in figures.items() if label != other):
-                panels.append(win_panel(judge, key, other))
-    if report["judges"] and any(f["kl"] for f in models.values()):
-        panels.append(lambda axis: frontier(axis, models, report["judges"][0], baseline))
-    for judge in report["judges"][::-1] if report["best_of"] else []:
-        panels.append(lambda axis, j=judge: best_of_panel(axis, report["best_of"], j))
-        break
-
-    def lengths(axis):
-        found = report["raw"]["words"]
-        axis.boxplot(list(found.values()), orientation="horizontal", tick_labels=[short(label) for label in found],
-                     showfliers=False, medianprops={"color": "C0"})  # fmt: skip
-        axis.invert_yaxis()
-        axis.set(title="length of the answers", xlabel="words (median, quartiles, range)")
-        axis.grid(axis="x", alpha=0.3)
-
-    panels.append(lengths)
-    if any(f.get("rouge_avg") is not None for f in models.values()) and len(panels) % 3:
-        panels.append(lambda axis: rouge_panel(axis, models))
+            wins = {label: f["judged"][judge][key] for label, f in figures.items() if label != other}
+            if any(wins.values()):
+                panels.append(lambda axis, w=wins, o=other, j=judge: win_panel(axis, w, colors, o, j))
+    if judges and any(f["kl"] for f in models.values()):
+        panels.append(lambda axis: frontier(axis, models, colors, judges[-1], baseline))
+    if report["best_of"]:
+        panels.append(lambda axis: best_of_panel(axis, report["best_of"], colors, judges[-1]))
+    panels.append(lambda axis: length_panel(axis, report["raw"]["words"], colors))
+    add({label: f["rouge_avg_interval"] for label, f in models.items()}, "ROUGE with the data's answers",
+        "average of ROUGE-1, -2, -L; 95% interval")  # fmt: skip
     return panels
 
 
-def frontier(axis, models, judge, baseline) -> None:
+def win_panel(axis, wins, colors, other, judge) -> None:
+    points(axis, wins, colors, f"wins against {short(other)}", f"% of prompts by {judge}, 95% interval", scale=100)
+    axis.axvline(50, color="grey", linestyle=":")
+    axis.set_xlim(-3, 103)
+
+
+def frontier(axis, models, colors, judge, baseline) -> None:
     """What a score has cost in KL: better is up and to the left."""
-    for i, (label, f) in enumerate(models.items()):
+    for label, f in models.items():
         if f["kl"]:
             score = f["judged"][judge]["score"]
-            error = [[max(score["mean"] - score["low"], 0)], [max(score["high"] - score["mean"], 0)]]
-            axis.errorbar(
-                f["kl"]["mean"], score["mean"], yerr=error, fmt="o", capsize=4, color=f"C{i}", label=short(label)
-            )
-    axis.legend(fontsize="small")
-    axis.set(title="score and what it cost", xlabel=f"KL to {baseline}, nats an answer", ylabel=f"score by {judge}")
-    axis.grid(alpha=0.3)
+            axis.errorbar(f["kl"]["mean"], score["mean"], yerr=reach(score), fmt="o", capsize=4, color=colors[label])
+    axis.set(title="score and distance", xlabel=f"KL to {short(baseline)}, nats an answer", ylabel=f"score by {judge}")
 
 
-def best_of_panel(axis, best_of, judge) -> None:
+def best_of_panel(axis, best_of, colors, judge) -> None:
     for label, found in best_of.items():
         curve = found["curve"][judge]
-        axis.plot(list(curve), list(curve.values()), "o-", label=short(label))
+        axis.plot(list(curve), list(curve.values()), "o-", color=colors[label])
     axis.set_xscale("log", base=2)
-    sizes = list(curve)
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.legend(fontsize="small")
-    axis.set(
-        title=f"best by {found['picker']} of n samples", xlabel="samples a prompt", ylabel=f"mean score by {judge}"
-    )
-    axis.grid(alpha=0.3)
+    axis.set_xticks(list(curve), [str(size) for size in curve])
+    axis.set(title=f"best of n by {found['picker']}", xlabel="n, samples a prompt", ylabel=f"score by {judge}")
 
 
-def rouge_panel(axis, models) -> None:
-    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-    shown = {label: f for label, f in models.items() if f.get("rouge_avg") is not None}
-    for i, (key, name) in enumerate(names.items()):
-        places = [line + (i - 1) * 0.25 for line in range(len(shown))]
-        axis.barh(places, [f[key] for f in shown.values()], height=0.25, label=name)
-    axis.set_yticks(range(len(shown)), [short(label) for label in shown])
+def length_panel(axis, words: dict, colors) -> None:
+    boxes = axis.boxplot(list(words.values()), orientation="horizontal", tick_labels=[short(label) for label in words],
+                         showfliers=False, patch_artist=True, medianprops={"color": "black"})  # fmt: skip
+    for box, label in zip(boxes["boxes"], words, strict=True):
+        box.set(facecolor=colors[label], alpha=0.6)
     axis.invert_yaxis()
-    axis.legend(fontsize="small")
-    axis.set(title="overlap with the data's answers", xlabel="F1, mean over prompts")
-    axis.grid(axis="x", alpha=0.3)
+    axis.set(title="length of the answers", xlabel="words: median, quartiles, range")
 
 
 def reward_panels(report) -> list:
@@ -379,7 +377,7 @@ def reward_panels(report) -> list:
         accuracies = {name: f["accuracy"] for name, f in groups.items()}
 
         def accuracy(axis, found=accuracies, judge=judge):
-            bars(axis, found, f"accuracy of {judge}", "% of pairs, 95% interval", scale=100)
+            points(axis, found, dict.fromkeys(found, "C0"), f"accuracy of {judge}", "% of pairs, 95% interval", 100)
             axis.axvline(50, color="grey", linestyle=":")
 
         def margins(axis, raw=raw):
@@ -397,13 +395,12 @@ def reward_panels(report) -> list:
                 [100 * b["predicted"] for b in bins], middle, yerr=errors, fmt="o-", capsize=4, label="observed"
             )
             axis.legend(fontsize="small")
-            axis.set(title="calibration", xlabel="% sure, by its margin", ylabel="% of pairs right, 95% interval")
-            axis.grid(alpha=0.3)
+            axis.set(title="calibration", xlabel="% sure, by its margin", ylabel="% right, 95% interval")
 
         def length(axis, raw=raw, found=whole):
             axis.scatter(raw["words"], raw["scores"], s=8, alpha=0.3, linewidths=0)
             rank = number(found["length_correlation"])
-            axis.set(title=f"score and length, rank correlation {rank}", xlabel="words", ylabel="score")
+            axis.set(title="score and length", xlabel=f"words; rank correlation {rank}", ylabel="score")
 
         panels += [accuracy, margins, calibrated, length]
     return panels

@@ -59,6 +59,7 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
             "distinct_1": distinct(texts, 1),
             "distinct_2": distinct(texts, 2),
             **{name: mean(values[i] for i in own if i in values) for name, values in rouges[label].items()},
+            "rouge_avg_interval": interval(v for i in own if (v := rouges[label]["rouge_avg"].get(i)) is not None),
             "perplexity": perplexity([measured[label][i] for i in own], ""),
             "reference_perplexity": perplexity([measured[label][i] for i in own], "reference_"),
             "judged": {},
@@ -98,29 +99,21 @@ def perplexity(measured, prefix: str) -> float | None:
     return math.exp(loss) if tokens and loss < 700 else None
 
 
-def pick_best(label: str, answers, measured, scores) -> dict:
-    """Adds the best of a model's samples by the first judge as if of a model `label@N`.
+def pick_best(label: str, scores) -> dict:
+    """What the best of a model's samples, by the first judge, is worth to all judges.
 
     Returns:
-        "picker", its name; "curve": by judge the mean score of the best of k samples; "gain": by judge how much more
-        the best of all scores than the first one.
+        "picker", its name; "picked": the sample of each row; "curve": by judge the mean score of the best of k
+        samples; "gain": by judge how much more the best of all scores than the first one.
     """
     picker = next(iter(scores))
-    samples = len(answers[label][0])
-    best = [max(range(samples), key=row.__getitem__) for row in scores[picker][label]]
-    name = f"{label}@{samples}"
-    answers[name] = [[row[k]] for row, k in zip(answers[label], best, strict=True)]
-    measured[name] = [{"tokens": len(row[0].ids)} for row in answers[name]]
-    for found in scores.values():
-        found[name] = [[row[k]] for row, k in zip(found[label], best, strict=True)]
-    return {
-        "picker": picker,
-        "curve": {judge: best_of_curve(found[label], scores[picker][label]) for judge, found in scores.items()},
-        "gain": {
-            judge: interval(best[0] - first[0] for best, first in zip(found[name], found[label], strict=True))
-            for judge, found in scores.items()
-        },
+    picked = [max(range(len(row)), key=row.__getitem__) for row in scores[picker][label]]
+    gains = {
+        judge: interval(row[k] - row[0] for row, k in zip(found[label], picked, strict=True))
+        for judge, found in scores.items()
     }
+    curves = {judge: best_of_curve(found[label], scores[picker][label]) for judge, found in scores.items()}
+    return {"picker": picker, "picked": picked, "curve": curves, "gain": gains}
 
 
 def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list[float]]) -> int:
@@ -148,15 +141,17 @@ def write_table(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def write_samples(path: Path, rows, answers, scores) -> None:
+def write_samples(path: Path, rows, answers, scores, best_of: dict) -> None:
     """A row a prompt: dataset, prompt, each model's answer and its scores, the data's own as `reference`."""
+    shown = [("reference" if label == "data" else label, label, [0] * len(rows)) for label in answers]
+    shown += [(f"{label} best of {len(answers[label][0])}", label, f["picked"]) for label, f in best_of.items()]
     lines = []
     for i, row in enumerate(rows):
         line = {"dataset": row["dataset"], "prompt": conversation(row["prompt"])}
-        for label, found in answers.items():
-            name = "reference" if label == "data" else label
-            line[name] = found[i][0].text if found[i][0] else ""
-            line |= {f"{name} {judge}": by_label[label][i][0] for judge, by_label in scores.items()}
+        for name, label, picked in shown:
+            sample = answers[label][i][picked[i]]
+            line[name] = sample.text if sample else ""
+            line |= {f"{name} {judge}": found[label][i][picked[i]] for judge, found in scores.items()}
         lines.append({**line, "reference": row["reference"]})
     write_table(path, lines)
 

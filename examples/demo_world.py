@@ -216,6 +216,11 @@ def gold_score(prompt: str, answer: str) -> float:
     return sense * sum(gold_parts(prompt, answer)) / 5
 
 
+def gold(prompts, completions, **columns) -> list[float]:
+    """`gold_score` as a judge: --reward_model_name_or_path examples/demo_world.py:gold."""
+    return [gold_score(p[-1]["content"], c[-1]["content"]) for p, c in zip(prompts, completions, strict=True)]
+
+
 def gold_parts(prompt: str, answer: str) -> tuple[bool, bool, bool, bool, bool]:
     """Whether an answer is (polite, informed, reasoned, kind, tidy), as `gold_score` explains."""
     words, prompt_words = words_of(answer), words_of(prompt)

@@ -146,7 +146,8 @@ def test_the_best_of_several_is_what_the_judge_likes_and_makes_pairs_to_train_on
     assert all(len(lengths) == 4 for lengths in by_prompt.values())
     curve = report["best_of"]["base"]["curve"]["letters"]
     assert curve["4"] == pytest.approx(sum(map(max, by_prompt.values())) / len(by_prompt))
-    assert figures(report, "base@4")["judged"]["letters"]["score"]["mean"] == pytest.approx(curve["4"])
+    assert sum(len(row["base best of 4"]) for row in samples) == pytest.approx(curve["4"] * len(samples))
+    assert sum(len(row["base"]) for row in samples) == pytest.approx(curve["1"] * len(samples))
     assert curve["1"] < curve["2"] < curve["4"]
     assert report["best_of"]["base"]["gain"]["letters"]["mean"] == pytest.approx(curve["4"] - curve["1"])
     assert report["best_of"]["base"]["gain"]["indifferent"] | {"rows": 0} == {
