@@ -10,13 +10,21 @@ from pathlib import Path
 import merge_peft_adapter
 from merge_peft_adapter import main, make_parser
 from modeling import load_frozen_policy, load_reward_model, load_tokenizer
+from tests.conftest import make_tokenizer, run_script
 from user_error import UserError
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -350,6 +358,35 @@ def test_an_adapter_of_a_quantised_base_is_merged_into_the_full_one(base, tmp_pa
     edit_json(other / "config.json", n_head=4)
     with pytest.raises(UserError, match="another config.json"):
         merge(base_model_name=other, adapter_model_name=adapter, output_name=tmp_path / "wrong")
+
+
+def test_training_in_4_bit_is_merged_into_the_full_base(data, tmp_path):
+    """QLoRA: its adapter learned around the rounded weights, and what is merged is base + its change, not those."""
+    base = tmp_path / "base"
+    tokenizer = make_tokenizer(base)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    flags = {"model_name_or_path": base, "dataset_names": data, "learning_rate": 1e-2, "load_in_4bit": True}
+    adapter = run_script("sft_training", output_dir=tmp_path / "sft", **flags)
+    weights = load_file(Path(adapter) / "adapter_model.safetensors")
+    merged = load_file(Path(merge(adapter_model_name=adapter, output_name=tmp_path / "merged")) / "model.safetensors")
+    settings = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    for name, weight in load_file(base / "model.safetensors").items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in weights:
+            a, b = (weights[f"{key}.lora_{side}.weight"].float() for side in "AB")
+            assert b.abs().max() > 0
+            weight = weight + b @ a * settings["lora_alpha"] / settings["r"]
+        torch.testing.assert_close(merged[name], weight)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    raw = logits(AutoModelForCausalLM.from_pretrained(base))
+    rounding = (logits(model) - raw).abs().max()
+    ours = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    difference = (ours - logits(PeftModel.from_pretrained(model, adapter))).abs().max()
+    assert difference < 2 * rounding and rounding > 1e-3  # what 4 bits round away, and it was 4 bits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -5,9 +5,12 @@ The runs themselves are in conftest.py's `saved`: SFT, reward model, DPO and PPO
 
 import json
 import math
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import dpo_training
+from fingerprints import tokenizer_sha256
 from run_folder import find_resume
 from sft_training import CheckedSFTTrainer
 from user_error import UserError
@@ -15,7 +18,8 @@ from user_error import UserError
 import pytest
 import torch
 from conftest import run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 
 def log(folder):
@@ -33,6 +37,35 @@ def test_a_run_leaves_one_adapter_and_its_record(saved, base, data, stage):
     assert run["parent"] == (base if stage == "sft" else saved["sft"])
     assert run["data"]["tokenized"]["kept"] > 0 and run["versions"]["trl"]
     assert any(key.startswith("eval_pairs_") for entry in log(folder) for key in entry)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_the_record_holds_the_hashes_of_what_was_trained_on(saved, base, stage):
+    """Computed here anew: one that is missing or wrong would let a base that changed since pass."""
+    run = json.loads((Path(saved[stage]) / "run.json").read_text())
+    assert run["base_sha256"] == sha256((Path(base) / "model.safetensors").read_bytes()).hexdigest()
+    parent = None
+    if stage != "sft":
+        parent = sha256((Path(saved["sft"]) / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert run["parent_sha256"] == parent
+    assert run["base_revision"] is None  # a folder has no commit
+    # the folder has the tokenizer that its record speaks of
+    assert run["tokenizer_sha256"] == tokenizer_sha256(AutoTokenizer.from_pretrained(saved[stage]))
+    other = AutoTokenizer.from_pretrained(saved[stage])
+    other.chat_template += " "
+    assert run["tokenizer_sha256"] != tokenizer_sha256(other)
+
+
+def test_training_on_from_a_base_that_changed_since_is_refused(saved, base, data, tmp_path):
+    adapter, moved = shutil.copytree(saved["sft"], tmp_path / "sft"), shutil.copytree(base, tmp_path / "base")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
+    weights = load_file(moved / "model.safetensors")
+    weights["transformer.wte.weight"][7, 3] += 1e-3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    for script in ("dpo_training", "reward_modeling"):
+        with pytest.raises(UserError, match="has changed since the adapter was trained on it"):
+            run_script(script, model_name_or_path=adapter, dataset_names=data, output_dir=tmp_path / script)
 
 
 def test_each_stage_changes_the_weights_it_started_from(saved):
