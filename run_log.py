@@ -130,10 +130,12 @@ def draw_curves(log_path, picture_path) -> None:
         return zip(*((entry["step"], entry[key]) for entry in log if key in entry), strict=True)
 
     shown = {name: [key for key in keys if key == name or is_held_out(key, name)] for name in CURVES}
+    for name, lines in shown.items():
+        lines.sort(key=lambda key, name=name: key != name)  # training first, in the same colour everywhere
     shown = {name: lines for name, lines in shown.items() if lines}
     if not shown:
         return
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained"
