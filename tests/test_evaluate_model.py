@@ -120,6 +120,14 @@ def test_the_kl_is_that_of_all_answers_that_there_are(temperature):
     assert token_kl(ours, ours, states, states, lengths, temperature) == [0] * len(answers)
 
 
+def test_equal_sizes_are_no_equal_tokens(base):
+    ours, theirs = (Contestant(base, "base", 8, None) for _ in range(2))
+    assert evaluation_answers.same_tokens(ours, theirs)
+    swapped = ours.tokenizer.get_vocab() | {"a": ours.tokenizer.get_vocab()["b"], "b": ours.tokenizer.get_vocab()["a"]}
+    theirs.tokenizer.get_vocab = lambda: swapped
+    assert not evaluation_answers.same_tokens(ours, theirs)
+
+
 def test_perplexities_are_those_of_the_logits(base, data, tmp_path):
     report, samples = evaluate(tmp_path, model_name_or_path=base, eval_dataset_names=f"{data}#5")
     model = Contestant(base, "base", 8, None)

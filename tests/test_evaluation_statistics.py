@@ -18,6 +18,7 @@ ROUGE = [
         0.592593,
     ),
     ("the cat sat on the mat", "the mat was where the cat sat", 0.769231, 0.545455, 0.461538),
+    ("A gull walks on the pier.", "Gulls walked on piers", 0.2, 0.0, 0.2),  # words, not their stems
     ("One.\nTwo, three!", "four five six", 0.0, 0.0, 0.0),
     ("It's 3 o'clock; running late, as ever.", "Running late as ever, it is 3 o clock.", 0.888889, 0.625, 0.444444),
 ]
