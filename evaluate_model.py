@@ -48,7 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
 def labels_of(names: list[str]) -> dict[str, str]:
     """{short label: name}: the last part of each name, or the whole where that would not tell them apart."""
     shorts = [name.rpartition(":")[2] if ".py:" in name else Path(name).name for name in names]
-    return {short if shorts.count(short) == 1 else name: name for short, name in zip(shorts, names, strict=True)}
+    return {
+        short if shorts.count(short) == 1 and short != "data" else name: name
+        for short, name in zip(shorts, names, strict=True)
+    }
 
 
 def split_names(text: str | None) -> list[str]:
@@ -93,6 +96,13 @@ def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:
     return [row for rows in evals.values() for row in rows], data
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from error
+
+
 def load_judges(args, device) -> dict:
     from rewards import load_reward
 
@@ -111,6 +121,7 @@ def evaluate_models(args, device, folder: Path) -> dict:
 
     judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
     rows, data = load_rows(args, "prompt", 200)
+    make_folder(folder / "answers")
     asked = split_names(args.model_name_or_path)
     names = labels_of(([] if args.baseline in asked else split_names(args.baseline)) + asked)
     base_label = next((label for label, name in names.items() if name == args.baseline), None)
@@ -165,6 +176,8 @@ def evaluate_models(args, device, folder: Path) -> dict:
         prompts, texts = [rows[i]["prompt"] for _, i, _ in flat], [answers[label][i][k] for label, i, k in flat]
         for (label, i, k), value in zip(flat, judge(reward, name, prompts, texts, columns, **size), strict=True):
             scores[name][label][i][k] = value
+            if value is None and label != "data":
+                raise UserError(f"{name} has too few positions for an answer of {label}: lower --response_length")
     best_of = {}
     if args.best_of > 1:
         best_of = {label: pick_best(label, scores) for label in names if names[label] in asked}
@@ -192,10 +205,10 @@ def main(args):
     if args.model_name_or_path:
         report = evaluate_models(args, device, folder)
     else:
+        judges = load_judges(args, device)
         rows, data = load_rows(args, "preference", 2000)
-        report = reward_report(load_judges(args, device), rows, folder, args.per_device_eval_batch_size) | {
-            "data": data
-        }
+        make_folder(folder)
+        report = reward_report(judges, rows, folder, args.per_device_eval_batch_size) | {"data": data}
     report["settings"] = vars(args)
     write_report(report, folder)
     print_report(report, folder)

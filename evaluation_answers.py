@@ -122,7 +122,6 @@ def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temper
     Raises:
         KeyboardInterrupt: with a message that says what there is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{model.label.replace('/', '_')}_{model.fingerprint(temperature=temperature, seed=seed)}.jsonl"
     found = stored_answers(path)
     prompts = {prompt_key(row["prompt"]): model.prompt_ids(row["prompt"]) for row in rows}
@@ -211,8 +210,8 @@ def token_kl(ours: Contestant, theirs: Contestant, states, their_states, lengths
     """KL(ours || theirs) of the next token's distributions, summed over each answer, in nats."""
     parts = []
     for a, b in zip(states.split(256), their_states.split(256), strict=True):
-        p = (logits_of(ours.policy, a) / temperature).log_softmax(-1)
-        q = (logits_of(theirs.policy, b) / temperature).log_softmax(-1)
+        p = logits_of(ours.policy, a, temperature).log_softmax(-1)
+        q = logits_of(theirs.policy, b, temperature).log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1).double())
     return [max(part.sum().item(), 0.0) for part in torch.cat(parts).split(lengths)]
 
@@ -242,8 +241,10 @@ def as_demonstration(model: Contestant, row) -> tuple[list[int], list[int]] | No
     return encoded["input_ids"][:start], encoded["input_ids"][start:]
 
 
-def judge(reward, name: str, prompts, answers: list[Answer], columns: dict[str, list], batch_size: int) -> list[float]:
-    """The reward of each answer. What was said twice to one prompt is scored once, so that equal answers tie.
+def judge(reward, name: str, prompts, answers: list[Answer], columns: dict[str, list], batch_size: int) -> list:
+    """The reward of each answer; None for one that is too long for the judge's positions to be read to its end.
+
+    What was said twice to one prompt is scored once, so that equal answers tie.
 
     Raises:
         UserError: naming the answer, if a score is no finite number.
@@ -251,21 +252,32 @@ def judge(reward, name: str, prompts, answers: list[Answer], columns: dict[str, 
     places = {}
     for i, (prompt, made) in enumerate(zip(prompts, answers, strict=True)):
         places.setdefault((prompt_key(prompt), made.text, made.ended), []).append(i)
-    firsts, scores = [indices[0] for indices in places.values()], [0.0] * len(answers)
+    firsts, scores = [indices[0] for indices in places.values()], [None] * len(answers)
     for chosen in batches([len(answers[i].text) for i in firsts], batch_size, f"scores of {name}"):
         at = [firsts[i] for i in chosen]
-        texts = [answers[i].text for i in at]
-        ended = [answers[i].ended for i in at]
         taken = {column: [values[i] for i in at] for column, values in columns.items()}
-        try:
-            found = reward([prompts[i] for i in at], texts, ended, taken).tolist()
-        except Unrenderable as reason:
-            raise UserError(f"{name} cannot read an answer: {reason}\n  one of {texts[0][:100]!r} ...") from reason
+        found = judge_batch(reward, [prompts[i] for i in at], [answers[i] for i in at], taken)
         for i, value in zip(at, found, strict=True):
-            if not math.isfinite(value):
+            if value is not None and not math.isfinite(value):
                 raise UserError(f"{name} gives {value} to the answer {answers[i].text[:100]!r}")
             scores[i] = value
     for indices in places.values():
         for i in indices:
             scores[i] = scores[indices[0]]
     return scores
+
+
+def judge_batch(reward, prompts, answers: list[Answer], columns) -> list[float | None]:
+    if not hasattr(reward, "encode"):
+        return reward(prompts, [made.text for made in answers], [made.ended for made in answers], columns).tolist()
+
+    def encode(prompt, made):
+        try:
+            ids = reward.encode(prompt, made.text, made.ended)
+        except Unrenderable:
+            return None
+        return None if made.ended and ids[-1] != reward.tokenizer.eos_token_id else ids  # its end was cut off
+
+    encoded = [encode(prompt, made) for prompt, made in zip(prompts, answers, strict=True)]
+    found = iter(reward.score_tokens([ids for ids in encoded if ids]).tolist())
+    return [next(found) if ids else None for ids in encoded]

@@ -172,6 +172,8 @@ def notes(report) -> list[str]:
             "score_statistics.json holds mean and standard deviation of the scores: in the reward model's folder PPO "
             "reads them",
         ]
+        if report["left_out"]:
+            lines.append(f"pairs left out that are too long for a judge: {report['left_out']}")
         if partial:
             lines.append(
                 f"prompts with three answers and more that lack pairs, so that their order is unknown: {partial}"

@@ -22,6 +22,8 @@ from evaluation_statistics import (
     spearman,
     win_rate,
 )
+from rewards import STATISTICS
+from user_error import UserError
 
 
 def groups_of(rows) -> dict[str, list[int]]:
@@ -65,11 +67,11 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
             "judged": {},
         }
         for name, by_label in scores.items():
-            ours = {i: by_label[label][i][0] for i in own}
+            ours = {i: value for i in own if (value := by_label[label][i][0]) is not None}
             found["judged"][name] = {"score": interval(ours.values())}
             for other, key in ((baseline, "against_baseline"), ("data", "against_data")):
                 theirs = {i: s[0] for i, s in enumerate(by_label.get(other, [])) if s[0] is not None}
-                both = [i for i in own if i in theirs]
+                both = [i for i in ours if i in theirs]
                 found["judged"][name][key] = win_rate([ours[i] for i in both], [theirs[i] for i in both])
         return found
 
@@ -156,69 +158,85 @@ def write_samples(path: Path, rows, answers, scores, best_of: dict) -> None:
     write_table(path, lines)
 
 
-def reward_report(judges: dict, rows: list[dict], folder: Path, batch_size: int) -> dict:
-    """The report on reward models, by judge and dataset, from pairs that people have compared.
-
-    Writes samples.csv and, for the first judge, score_statistics.json: the mean and standard deviation of its scores,
-    as PPO reads them from a reward model's folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # of an answer of several turns the last is scored, the others are part of what it answers
-    sides = {side: [(row["prompt"] + row[side][:-1], row[side][-1]["content"]) for row in rows] for side in SIDES}
-    prompts = [prompt for side in SIDES for prompt, _ in sides[side]]
-    answers = [Answer([], text, True) for side in SIDES for _, text in sides[side]]
-    keys = [prompt_key(row["prompt"]) for row in rows]
-    columns = {"dataset": [row["dataset"] for row in rows] * 2}
-    found, raw, table = {}, {}, []
-    for name, reward in judges.items():
-        scores = judge(reward, name, prompts, answers, columns, batch_size)
-        chosen, rejected = scores[: len(rows)], scores[len(rows) :]
-        texts = [[answer.text for answer in answers[start:][: len(rows)]] for start in (0, len(rows))]
-        found[name] = {
-            group: reward_figures(*([part[i] for i in at] for part in (keys, *texts, chosen, rejected)))
-            for group, at in groups_of(rows).items()
-        }
-        raw[name] = {
-            "margins": [a - b for a, b in zip(chosen, rejected, strict=True)],
-            "scores": scores,
-            "words": [len(answer.text.split()) for answer in answers],
-        }
-        for i, row in enumerate(rows):
-            if len(table) <= i:
-                parts = {side: sides[side][i][1] for side in SIDES}
-                table.append({"dataset": row["dataset"], "prompt": conversation(sides["chosen"][i][0]), **parts})
-            table[i] |= {f"chosen {name}": chosen[i], f"rejected {name}": rejected[i]}
-    write_table(folder / "samples.csv", table)
-    whole = next(iter(next(iter(found.values())).values()))
-    statistics = {"mean": whole["mean"], "std": whole["std"], "rows": 2 * len(rows)}
-    (folder / "score_statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
-    pairs = {name: len(at) for name, at in groups_of(rows).items()}
-    return {"pairs": pairs, "reward_models": found, "raw": raw}
-
-
 SIDES = ("chosen", "rejected")
 
 
-def reward_figures(keys, chosen_texts, rejected_texts, chosen, rejected) -> dict:
-    """What is known of a reward model from pairs; lengths are in words, intervals draw whole prompts."""
-    texts, scores = chosen_texts + rejected_texts, chosen + rejected
-    lengths = [len(text.split()) for text in texts]
-    pairs = zip(lengths, lengths[len(keys) :], chosen, rejected, strict=False)
-    longer = [(a > b, (a - b) * (high - low) > 0) for a, b, high, low in pairs if a != b]
-    score_of = {}
-    for key, text, value in zip(keys * 2, texts, scores, strict=True):
-        score_of[key, text] = value
+def score_pairs(judges: dict, rows: list[dict], batch_size: int) -> tuple[list[dict], dict]:
+    """Pairs with the last answers' texts beside them, and their scores {judge: {side: one a pair}}.
+
+    Pairs of which a judge cannot read an answer to its end are left out.
+    """
+    # of an answer of several turns the last is scored, the others are part of what it answers
     pairs = [
-        (key, (key, better), (key, worse))
-        for key, better, worse in zip(keys, chosen_texts, rejected_texts, strict=True)
+        {"dataset": row["dataset"], "prompt": row["prompt"] + row["chosen"][:-1], "key": prompt_key(row["prompt"])}
+        | {side: row[side][-1]["content"] for side in SIDES}
+        for row in rows
     ]
-    sets, partial = ranked_sets(pairs)
+    columns = {"dataset": [pair["dataset"] for pair in pairs]}
+    scores = {}
+    for name, reward in judges.items():
+        for side in SIDES:
+            prompts = [row["prompt"] + row[side][:-1] for row in rows]
+            answers = [Answer([], pair[side], True) for pair in pairs]
+            scores.setdefault(name, {})[side] = judge(reward, name, prompts, answers, columns, batch_size)
+    read = [
+        i for i in range(len(rows)) if all(found[side][i] is not None for found in scores.values() for side in SIDES)
+    ]
+    if not read:
+        raise UserError(f"{', '.join(judges)}: too few positions to read any pair to the end of its answers")
+    kept = {name: {side: [found[side][i] for i in read] for side in SIDES} for name, found in scores.items()}
+    return [pairs[i] for i in read], kept
+
+
+def reward_report(judges: dict, rows: list[dict], folder: Path, batch_size: int) -> dict:
+    """The report on reward models, by judge and dataset, from pairs that people have compared.
+
+    Writes samples.csv and, for the first judge, the mean and standard deviation of its scores, as PPO reads them from
+    a reward model's folder.
+    """
+    pairs, scores = score_pairs(judges, rows, batch_size)
+    groups = groups_of(pairs)
+    figures, raw = {}, {}
+    for name, found in scores.items():
+        figures[name] = {
+            group: reward_figures([pairs[i] for i in at], *([found[side][i] for i in at] for side in SIDES))
+            for group, at in groups.items()
+        }
+        raw[name] = {
+            "margins": [a - b for a, b in zip(*found.values(), strict=True)],
+            "scores": [value for side in SIDES for value in found[side]],
+            "words": [len(pair[side].split()) for side in SIDES for pair in pairs],
+        }
+    table = []
+    for i, pair in enumerate(pairs):
+        line = {"dataset": pair["dataset"], "prompt": conversation(pair["prompt"])} | {s: pair[s] for s in SIDES}
+        table.append(line | {f"{side} {name}": found[side][i] for name, found in scores.items() for side in SIDES})
+    write_table(folder / "samples.csv", table)
+    whole = next(iter(next(iter(figures.values())).values()))
+    statistics = {"mean": whole["mean"], "std": whole["std"], "rows": 2 * len(pairs)}
+    (folder / STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n")
+    sizes = {name: len(at) for name, at in groups.items()}
+    return {"pairs": sizes, "left_out": len(rows) - len(pairs), "reward_models": figures, "raw": raw}
+
+
+def reward_figures(pairs: list[dict], chosen: list[float], rejected: list[float]) -> dict:
+    """What is known of a reward model from pairs and their scores; lengths are in words, intervals draw prompts."""
+    keys, scores = [pair["key"] for pair in pairs], chosen + rejected
+    texts = [pair[side] for side in SIDES for pair in pairs]
+    lengths = [len(text.split()) for text in texts]
+    sides = zip(lengths, lengths[len(pairs) :], chosen, rejected, strict=False)
+    longer = [(a > b, (a - b) * (high - low) > 0) for a, b, high, low in sides if a != b]
+    score_of = dict(zip(zip(keys * 2, texts, strict=True), scores, strict=True))
+    sets, partial = ranked_sets(
+        (key, (key, pair["chosen"]), (key, pair["rejected"])) for key, pair in zip(keys, pairs, strict=True)
+    )
     orders = [([score_of[answer] for answer in answers], [-above for above in better]) for answers, better in sets]
     center = sum(scores) / len(scores)
+    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
     return {
         "accuracy": win_rate(chosen, rejected, keys),
-        "margin": mean(a - b for a, b in zip(chosen, rejected, strict=True)),
-        "calibration": calibration(a - b for a, b in zip(chosen, rejected, strict=True)),
+        "margin": mean(margins),
+        "calibration": calibration(margins),
         "length_correlation": spearman(lengths, scores),
         "longer_preferred": mean(people for people, _ in longer),
         "longer_scored_higher": mean(model for _, model in longer),

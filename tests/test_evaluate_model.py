@@ -298,6 +298,24 @@ def test_a_mistake_says_what_to_type(flags, says, base, data, judges, tmp_path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+def test_prompts_that_a_model_cannot_read_are_left_out_of_the_comparison(base, other, data, tmp_path, monkeypatch):
+    prompt_ids = Contestant.prompt_ids
+
+    def forgetful(self, prompt):
+        return None if self.name == other and "number 7" in prompt[0]["content"] else prompt_ids(self, prompt)
+
+    monkeypatch.setattr(Contestant, "prompt_ids", forgetful)
+    flags = {"model_name_or_path": base, "eval_dataset_names": data, "baseline": other}
+    report, samples = evaluate(tmp_path, **flags)
+    assert len(samples) == 47 and "1 prompts left out" in report["data"]["notes"][0]
+    monkeypatch.setattr(Contestant, "prompt_ids", lambda self, prompt: None)
+    with pytest.raises(UserError, match="no prompt fits"):
+        evaluate(tmp_path / "none", **flags)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output_dir"):
+        evaluate(tmp_path / "file", **flags)
+
+
 def test_a_reward_model_with_a_head_of_its_own_is_read_at_the_end_of_the_answer(base, data, tmp_path):
     """Against transformers' own classifier, a row at a time."""
     model = GPT2ForSequenceClassification.from_pretrained(base, num_labels=1).eval()
@@ -335,5 +353,5 @@ def test_answers_are_drawn_by_seed_prompt_and_sample_alone():
 
 
 def test_labels_are_short_where_that_tells_models_apart():
-    names = ["saved/a/sft", "saved/b/sft", "owner/model", "x.py:gold"]
-    assert list(evaluate_model.labels_of(names)) == ["saved/a/sft", "saved/b/sft", "model", "gold"]
+    names = ["saved/a/sft", "saved/b/sft", "owner/model", "x.py:gold", "my/data"]
+    assert list(evaluate_model.labels_of(names)) == ["saved/a/sft", "saved/b/sft", "model", "gold", "my/data"]
