@@ -114,9 +114,37 @@ def load_judges(args, device) -> dict:
     return judges
 
 
+def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, device):
+    """Every model's answers to the rows' prompts, and what is measured of them: two {label: one entry a row}.
+
+    The entry is None for a prompt that the model cannot read. One model is in memory at a time, beside the baseline.
+    """
+    from evaluation_answers import Contestant, answer, measure
+
+    asked, size = split_names(args.model_name_or_path), {"batch_size": args.per_device_eval_batch_size}
+    baseline, answers, measured = None, {}, {}
+    for label, name in sorted(names.items(), key=lambda item: item[1] != args.baseline):
+        model = Contestant(name, label, args.response_length, args.max_prompt_length, device)
+        baseline = model if name == args.baseline else baseline
+        sampling = {
+            "samples": args.best_of if name in asked else 1,
+            "temperature": args.temperature,
+            "seed": args.seed,
+        }
+        answers[label] = answer(model, rows, folder / "answers", **sampling, **size)
+        able = [i for i, made in enumerate(answers[label]) if made]
+        if not able:
+            raise UserError(f"no prompt fits {name}: each is too long for its positions, or its template refuses it")
+        firsts = [answers[label][i][0] for i in able]
+        found = measure(model, baseline, [rows[i] for i in able], firsts, args.temperature or 1.0, **size)
+        found = dict(zip(able, found, strict=True))
+        measured[label] = [found.get(i) for i in range(len(rows))]
+    return {label: answers[label] for label in names}, {label: measured[label] for label in names}
+
+
 def evaluate_models(args, device, folder: Path) -> dict:
     """The report on models: see `evaluation_tables.summarize`."""
-    from evaluation_answers import Answer, Contestant, answer, judge, measure
+    from evaluation_answers import Answer, judge_all
     from evaluation_tables import pick_best, summarize, write_pairs, write_samples
 
     judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
@@ -124,70 +152,26 @@ def evaluate_models(args, device, folder: Path) -> dict:
     make_folder(folder / "answers")
     asked = split_names(args.model_name_or_path)
     names = labels_of(([] if args.baseline in asked else split_names(args.baseline)) + asked)
-    base_label = next((label for label, name in names.items() if name == args.baseline), None)
-    size = {"batch_size": args.per_device_eval_batch_size}
-    room = (args.response_length, args.max_prompt_length, device)
-    baseline, answers, measured = None, {}, {}
-    # one in memory at a time, beside the baseline, to which all are compared
-    for label, name in sorted(names.items(), key=lambda item: item[0] != base_label):
-        model = Contestant(name, label, *room)
-        baseline = model if label == base_label else baseline
-        answers[label] = answer(
-            model,
-            rows,
-            folder / "answers",
-            samples=args.best_of if name in asked else 1,
-            temperature=args.temperature,
-            seed=args.seed,
-            **size,
-        )
-        able = [i for i, made in enumerate(answers[label]) if made]
-        if not able:
-            raise UserError(f"no prompt fits {name}: each is too long for its positions, or its template refuses it")
-        found = measure(
-            model,
-            baseline,
-            [rows[i] for i in able],
-            [answers[label][i][0] for i in able],
-            args.temperature or 1.0,
-            **size,
-        )
-        measured[label] = dict(zip(able, found, strict=True))
+    baseline = next((label for label, name in names.items() if name == args.baseline), None)
+    answers, measured = answer_all(args, names, rows, folder, device)
     kept = [i for i in range(len(rows)) if all(made[i] for made in answers.values())]
     if not kept:
         raise UserError(f"no prompt is left that all of {', '.join(names.values())} can read")
     if len(kept) < len(rows):
         data["notes"].append(f"{len(rows) - len(kept)} prompts left out that not all of the models can read")
     rows = [rows[i] for i in kept]
-    answers = {label: [answers[label][i] for i in kept] for label in names}
-    measured = {label: [measured[label][i] for i in kept] for label in names}
-
+    answers, measured = ({label: [v[i] for i in kept] for label, v in d.items()} for d in (answers, measured))
     if any(row["reference"] for row in rows):
-        references = [[Answer([], row["reference"], True)] if row["reference"] else [None] for row in rows]
-        answers["data"] = references
+        answers["data"] = [[Answer([], row["reference"], True) if row["reference"] else None] for row in rows]
         measured["data"] = [{} for _ in rows]
-    scores = {
-        name: {label: [[None] * len(some) for some in made] for label, made in answers.items()} for name in judges
-    }
-    flat = [(label, i, k) for label, made in answers.items() for i, some in enumerate(made) for k in range(len(some))]
-    flat = [(label, i, k) for label, i, k in flat if answers[label][i][k]]
-    for name, reward in judges.items():
-        columns = {column: [rows[i][column] for _, i, _ in flat] for column in ("reference", "dataset")}
-        prompts, texts = [rows[i]["prompt"] for _, i, _ in flat], [answers[label][i][k] for label, i, k in flat]
-        for (label, i, k), value in zip(flat, judge(reward, name, prompts, texts, columns, **size), strict=True):
-            scores[name][label][i][k] = value
-            if value is None and label != "data":
-                raise UserError(f"{name} has too few positions for an answer of {label}: lower --response_length")
-    best_of = {}
-    if args.best_of > 1:
-        best_of = {label: pick_best(label, scores) for label in names if names[label] in asked}
-        for label in best_of:
-            write_pairs(
-                folder / f"pairs_{label.replace('/', '_')}.jsonl", rows, answers[label], scores[list(judges)[0]][label]
-            )
-    report = summarize(rows, answers, measured, scores, base_label)
+    scores = judge_all(judges, rows, answers, args.per_device_eval_batch_size)
+    best_of = {label: pick_best(label, scores) for label in names if args.best_of > 1 and names[label] in asked}
+    for label, found in best_of.items():
+        path = folder / f"pairs_{label.replace('/', '_')}.jsonl"
+        write_pairs(path, rows, answers[label], scores[found["picker"]][label])
+    report = summarize(rows, answers, measured, scores, baseline)
     write_samples(folder / "samples.csv", rows, answers, scores, best_of)
-    return report | {"models": names, "baseline": base_label, "judges": list(judges), "best_of": best_of, "data": data}
+    return report | {"models": names, "baseline": baseline, "judges": list(judges), "best_of": best_of, "data": data}
 
 
 def main(args):

@@ -281,3 +281,24 @@ def judge_batch(reward, prompts, answers: list[Answer], columns) -> list[float |
     encoded = [encode(prompt, made) for prompt, made in zip(prompts, answers, strict=True)]
     found = iter(reward.score_tokens([ids for ids in encoded if ids]).tolist())
     return [next(found) if ids else None for ids in encoded]
+
+
+def judge_all(judges: dict, rows, answers: dict[str, list[list[Answer]]], batch_size: int) -> dict:
+    """The scores {judge: {label: a list of the samples' scores for each row}} of {label: samples of each row}.
+
+    Raises:
+        UserError: if a judge cannot read an answer of a model to its end; the data's own may stay without a score.
+    """
+    places = [(label, i, k) for label, made in answers.items() for i, row in enumerate(made) for k in range(len(row))]
+    places = [(label, i, k) for label, i, k in places if answers[label][i][k]]
+    prompts, texts = [rows[i]["prompt"] for _, i, _ in places], [answers[label][i][k] for label, i, k in places]
+    columns = {column: [rows[i][column] for _, i, _ in places] for column in ("reference", "dataset")}
+    scores = {}
+    for name, reward in judges.items():
+        scores[name] = {label: [[None] * len(row) for row in made] for label, made in answers.items()}
+        found = judge(reward, name, prompts, texts, columns, batch_size)
+        for (label, i, k), value in zip(places, found, strict=True):
+            if value is None and label != "data":
+                raise UserError(f"{name} has too few positions for an answer of {label}: lower --response_length")
+            scores[name][label][i][k] = value
+    return scores
