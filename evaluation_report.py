@@ -202,6 +202,10 @@ def notes(report) -> list[str]:
         "perplexity: of the model's own answers, and of the data's, a token of its own: compare it between models "
         "of one tokenizer"
     )
+    for judge in report["judges"] if "data" in figures else ():
+        scored = figures["data"]["judged"][judge]["score"]
+        if not scored or scored["rows"] < next(iter(report["prompts"].values())):
+            lines.append(f"of the data's answers {judge} could read {scored['rows'] if scored else 0} to their end")
     if empty := {label: f["empty"] for label, f in figures.items() if f["empty"]}:
         lines.append("empty answers: " + ", ".join(f"{label} {count}" for label, count in empty.items()))
     return lines

@@ -78,7 +78,6 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
     groups = {name: {label: figures(label, group) for label in answers} for name, group in groups_of(rows).items()}
     sizes = {name: len(group) for name, group in groups_of(rows).items()}
     raw = {
-        "scores": {name: {label: first_samples(v) for label, v in found.items()} for name, found in scores.items()},
         "words": {label: [len(s[0].text.split()) for s in v if s[0]] for label, v in answers.items()},
         "samples": [
             {"prompt": rows[i]["prompt"], "answers": {label: v[i][0].text for label, v in answers.items() if v[i][0]},
@@ -87,10 +86,6 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
         ],
     }  # fmt: skip
     return {"prompts": sizes, "groups": groups, "raw": raw}
-
-
-def first_samples(entries) -> list[float]:
-    return [samples[0] for samples in entries if samples[0] is not None]
 
 
 def perplexity(measured, prefix: str) -> float | None:
@@ -118,8 +113,8 @@ def pick_best(label: str, scores) -> dict:
     return {"picker": picker, "picked": picked, "curve": curves, "gain": gains}
 
 
-def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list[float]]) -> int:
-    """The best and the worst sample of each prompt as preference data, where they differ; returns how many."""
+def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list[float]]) -> None:
+    """The best and the worst sample of each prompt as preference data, where they differ."""
     lines = []
     for row, samples, values in zip(rows, answers, scores, strict=True):
         best, worst = (pick(range(len(values)), key=values.__getitem__) for pick in (max, min))
@@ -128,7 +123,6 @@ def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list
             pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
             lines.append(json.dumps(pair | {"score_chosen": values[best], "score_rejected": values[worst]}))
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return len(lines)
 
 
 def conversation(prompt) -> str:
