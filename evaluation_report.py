@@ -240,8 +240,8 @@ def print_report(report, folder: Path) -> None:
     for line in notes(report):
         print(*textwrap.wrap(line, WIDTH, subsequent_indent="  "), sep="\n")
     print(f"report: {folder}/report.md, report.png, report.json, samples.csv")
-    for label in report.get("best_of") or ():
-        print(f"pairs to train on: --dataset_names {folder}/pairs_{label.replace('/', '_')}.jsonl")
+    if report.get("best_of"):
+        print(f"pairs of the best and the worst sample, to train on: {folder}/pairs_*.jsonl")
 
 
 def write_report(report, folder: Path) -> None:

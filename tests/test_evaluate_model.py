@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from user_error import UserError
 
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer
+from conftest import ROOT, make_tokenizer, run_script
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 SHARED = ROOT.parent / "shared"
@@ -355,3 +356,16 @@ def test_answers_are_drawn_by_seed_prompt_and_sample_alone():
 def test_labels_are_short_where_that_tells_models_apart():
     names = ["saved/a/sft", "saved/b/sft", "owner/model", "x.py:gold", "my/data"]
     assert list(evaluate_model.labels_of(names)) == ["saved/a/sft", "saved/b/sft", "model", "gold", "my/data"]
+
+
+def test_the_readmes_way_to_ask_an_adapter_answers_as_it_was_trained(base, data, tmp_path, capsys):
+    folder = run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=tmp_path / "sft")
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "pipeline" in block]
+    capsys.readouterr()
+    code = code.replace("saved/gpt2_medium_ufb_dpo", str(folder)).replace("Name two herbs.", "Who mends nets?")
+    exec(code.replace('"Who mends nets?"}]', '"Who mends nets?"}], max_new_tokens=8, do_sample=False'), {})
+    said = capsys.readouterr().out.strip()
+    model = Contestant(str(folder), "sft", 8, None)
+    prompt = model.prompt_ids([{"role": "user", "content": "Who mends nets?"}])
+    assert said == model.sample([prompt], torch.zeros(1, 8), 0)[0].text
