@@ -71,7 +71,9 @@ class GeneratedRouge:
         for start in range(0, len(mine), self.args.per_device_eval_batch_size):
             prompts, references = zip(*mine[start : start + self.args.per_device_eval_batch_size], strict=True)
             noise = torch.zeros(len(prompts), self.generated_length)
-            tokens = generate(policy, prompts, noise, stop_ids=stops, pad_id=tokenizer.pad_token_id, temperature=0)[0]
+            options = {"stop_ids": stops, "pad_id": tokenizer.pad_token_id, "temperature": 0}
+            with self.accelerator.autocast():  # in the precision that is trained in
+                tokens = generate(policy, prompts, noise, **options)[0]
             found = rouge(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (tokens, references)))
             scores += [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
         scores = gather_object(scores)
