@@ -246,6 +246,22 @@ def test_a_reward_model_of_another_family_judges_the_text(base, other, data, tmp
     assert wins["wins"] + wins["losses"] > 40
 
 
+def test_answers_too_long_for_the_judge_are_left_out_and_said(base, tmp_path, capsys):
+    GPT2ForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "judge")
+    make_tokenizer(tmp_path / "judge")
+    answers = ["Down the hill.", "Past the bakery.", "and on " * 200]
+    rows = [{"prompt": f"Where to, {i}?", "chosen": answers[i % 3], "rejected": "No."} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"reward_model_name_or_path": tmp_path / "judge", "eval_dataset_names": tmp_path / "pairs.jsonl"}
+    report, samples = evaluate(tmp_path / "pairs", **flags)
+    assert report["left_out"] == 3 and len(samples) == 6
+    assert "too long for a judge: 3" in capsys.readouterr().out
+    report, samples = evaluate(tmp_path / "models", model_name_or_path=base, **flags)
+    assert figures(report, "base")["judged"]["judge"]["against_data"]["rows"] == 6
+    assert sum(row["reference judge"] == "" for row in samples) == 3
+    assert "of the data's answers judge could read 6 to their end" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory):
     """Four replies to each of ten prompts: longer is better, but for two that are tied."""
