@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
+from fast_lora import use_fast_lora
 from flat_rows import use_flat_rows
 from ppo_algorithm import (
     adapted_kl_coef,
@@ -24,7 +25,7 @@ from ppo_algorithm import (
 )
 from ppo_config import PPOConfig
 from ppo_evaluation import LastEvaluation, compare, show_samples
-from rollout import answer_states, generate, length_mask, merged_weights, padded, read_answers, trunk_of
+from rollout import answer_states, generate, length_mask, padded, read_answers, trunk_of
 from shared_base import active_adapter, copy_adapter, is_new, parameters_of, recompute_with_same_adapter
 from user_error import UserError
 
@@ -86,10 +87,10 @@ class PolicyAndValue(nn.Module):
         own = parameters_of(self.policy, "value") if self.value_adapter else {}
         return {"value_head.weight": self.value_head.weight} | {f"policy.{name}": p for name, p in own.items()}
 
-    def forward(self, prompts, answers, pad_id: int, temperature: float, policy_trains: bool = True):
+    def forward(self, prompts, answers, pad_id: int, temperature: float, policy_trains: bool = True, **options):
         """Log-probabilities and entropies of the answers' tokens, mask, and values of the states before them, all
         (rows, tokens)."""
-        logprobs, entropy, mask, states = read_answers(self.policy, prompts, answers, pad_id, temperature)
+        logprobs, entropy, mask, states = read_answers(self.policy, prompts, answers, pad_id, temperature, **options)
         if not policy_trains:
             logprobs, entropy, states = logprobs * 0, entropy * 0, states.detach()
         return logprobs, entropy, mask, self.values(prompts, answers, pad_id, states)
@@ -193,6 +194,7 @@ class PPOTrainer(Trainer):
                 parameter.requires_grad_(True)
         for other in filter(None, (model, self.reference_model, getattr(self.reward, "model", None))):
             use_flat_rows(other)
+            use_fast_lora(other)
             for module in other.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # or the ratio would not be 1 before the first step
@@ -309,16 +311,15 @@ class PPOTrainer(Trainer):
             with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather):
                 for i in range(0, len(rows), size):
                     chosen = order[i : i + size]
-                    with merged_weights(policy) if self.exact else nullcontext():
-                        (*parts,) = generate(
-                            policy,
-                            [prompts[j] for j in chosen],
-                            noise[chosen],
-                            stop_ids=self.stop_ids,
-                            pad_id=self.pad_id,
-                            temperature=temperature,
-                            value_head=model.value_head,
-                        )
+                    parts = generate(
+                        policy,
+                        [prompts[j] for j in chosen],
+                        noise[chosen],
+                        stop_ids=self.stop_ids,
+                        pad_id=self.pad_id,
+                        temperature=temperature,
+                        value_head=model.value_head,
+                    )
                     if not reference and not keeps:  # as training computes them, to the last bit that counts
                         texts = [prompts[j] for j in chosen], parts[0], self.pad_id
                         parts[1], *_, parts[2] = model(*texts, temperature)
@@ -442,7 +443,12 @@ class PPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ppo = self.ppo
         logprobs, entropy, mask, values = model(
-            inputs["prompts"], inputs["answers"], self.pad_id, ppo.temperature, inputs["policy_trains"]
+            inputs["prompts"],
+            inputs["answers"],
+            self.pad_id,
+            ppo.temperature,
+            inputs["policy_trains"],
+            entropy_grad=ppo.entropy_coef != 0,
         )
         old_logprobs, old_values, advantages, returns = (
             inputs[name][:, : mask.shape[1]] for name in ("logprobs", "values", "advantages", "returns")

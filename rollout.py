@@ -5,17 +5,16 @@ Prompts and answers are lists of token ids. Rows go through a model end to end w
 on the neighbours in a batch.
 """
 
-from contextlib import contextmanager
-
 from flat_rows import flat_inputs, is_flat
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
 CHUNK = 2**25  # logits held at a time where no gradient needs them: 128 MB
 
 
@@ -55,28 +54,34 @@ def length_mask(lengths: list[int], device) -> torch.Tensor:
     return padded(torch.ones(sum(lengths), device=device), lengths)
 
 
-def logits_of(policy, states):
-    """The logits of states, in float32: (tokens, vocabulary)."""
+def logits_of(policy, states, temperature: float):
+    """The logits of states divided by the temperature, in float32: (tokens, vocabulary)."""
     head = policy.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.bias is None and states.device.type == "cpu":
-        logits = (head.weight @ states.T).T.float()  # faster, the vocabulary being larger than the rows
-    else:
-        logits = head(states).float()
     cap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    if cap is not None:
+        return torch.tanh(head(states).float() / cap) * (cap / temperature)
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return head(states).float() / temperature
+    states = states / temperature  # the same, of far fewer numbers
+    if states.device.type == "cpu" and len(states) * 8 < len(head.weight) and not torch.is_grad_enabled():
+        return (
+            (head.weight @ states.T).T.contiguous().float()
+        )  # a few rows times a large vocabulary is faster this way round
+    return head(states).float()
 
 
 def answer_states(model, prompts, answers, pad_id: int) -> torch.Tensor:
     """The last hidden states from which the answers' tokens are predicted, answer after answer: (tokens, hidden)."""
-    hidden = last_states(model, [p + a for p, a in zip(prompts, answers, strict=True)], pad_id)
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]  # nothing follows the last
+    hidden = last_states(model, rows, pad_id)
     start, before = 0, []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        before += range(start + len(prompt) - 1, start + len(prompt) + len(answer) - 1)
-        start += len(prompt) + len(answer)
+    for prompt, row in zip(prompts, rows, strict=True):
+        before += range(start + len(prompt) - 1, start + len(row))
+        start += len(row)
     return hidden[torch.tensor(before, device=hidden.device)]
 
 
-def read_answers(policy, prompts, answers, pad_id: int, temperature: float):
+def read_answers(policy, prompts, answers, pad_id: int, temperature: float, entropy_grad: bool = False):
     """What a policy thinks of answers that are there already, from one forward pass.
 
     Returns:
@@ -87,16 +92,89 @@ def read_answers(policy, prompts, answers, pad_id: int, temperature: float):
     tokens = torch.tensor([token for answer in answers for token in answer], device=states.device)
     size = len(tokens) if torch.is_grad_enabled() else max(1, CHUNK // policy.get_output_embeddings().weight.shape[0])
     parts = [
-        _logprobs(logits_of(policy, some) / temperature, ids)
+        _logprobs(logits_of(policy, some, temperature), ids, entropy_grad)
         for some, ids in zip(states.split(size), tokens.split(size), strict=True)
     ]
     logprobs, entropy = (padded(torch.cat(part), lengths) for part in zip(*parts, strict=True))
     return logprobs, entropy, length_mask(lengths, states.device), states
 
 
-def _logprobs(logits, tokens):
-    every = F.log_softmax(logits, dim=-1)
-    return every.gather(-1, tokens[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+def _logprobs(logits, tokens, entropy_grad):
+    if entropy_grad:
+        every = F.log_softmax(logits, dim=-1)
+        return every.gather(-1, tokens[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+    return ChosenLogprobs.apply(logits, tokens)
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """(log softmax(logits)[token], entropy), of which the former has a gradient; logits are (tokens, vocabulary).
+
+    One tensor of that size is kept for backward and overwritten there, where the plain formula makes six.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        probabilities = logits.softmax(-1)
+        logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).clamp(min=TINY).log()
+        total = logits.gather(-1, tokens[:, None]).squeeze(-1) - logprobs  # logsumexp
+        entropy = total - torch.linalg.vecdot(probabilities, logits)
+        ctx.save_for_backward(probabilities, tokens)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        probabilities, tokens = ctx.saved_tensors
+        grad_logits = probabilities.mul_(-grad[:, None])
+        grad_logits[torch.arange(len(tokens), device=tokens.device), tokens] += grad
+        return grad_logits, None
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache that makes room for many tokens at once, instead of copying all it holds for each."""
+
+    ROOM = 64  # tokens
+    room = None  # keys and values, (rows, heads, tokens held and to come, width)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        length = held + key_states.shape[-2]
+        if self.room is None or length > self.room[0].shape[-2]:
+            new = [s.new_empty(*s.shape[:2], length + self.ROOM, s.shape[-1]) for s in (key_states, value_states)]
+            for room, states in zip(new, (self.keys, self.values), strict=True):
+                if held:
+                    room[:, :, :held] = states
+            self.room = new
+        self.room[0][:, :, held:length], self.room[1][:, :, held:length] = key_states, value_states
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+def read_prompts(policy, prompts, pad_id: int):
+    """The prompts' last states (rows, hidden), their mask (rows, longest) and a cache of them, left-padded."""
+    device, lengths = policy.device, torch.tensor([len(prompt) for prompt in prompts])
+    cache, trunk = DynamicCache(config=policy.config), trunk_of(policy)
+    longest, grows = int(lengths.max()), all(type(layer) is DynamicLayer for layer in cache.layers)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
+    if is_flat(plain(policy)) and grows:
+        inputs = flat_inputs(prompts, device)
+        hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0, lengths.cumsum(0) - 1]
+        places = torch.zeros_like(mask)
+        places[mask.bool()] = torch.arange(int(lengths.sum()), device=device)
+        for layer in cache.layers:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
+            layer.keys, layer.values = (s[0][:, places].transpose(0, 1) for s in (layer.keys, layer.values))
+            layer.room = None
+        return hidden, mask, cache
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1], mask, cache
 
 
 @torch.no_grad()
@@ -114,29 +192,28 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
         answers (token ids, a list for each prompt), their logprobs and values, (rows, tokens), right-padded with 0.
     """
     trunk, device = trunk_of(policy), policy.device
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)  # left-padded
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     stops = torch.tensor(sorted(stop_ids), device=device)
     noise = noise.to(device)
     answers = [[] for _ in prompts]
     logprobs, values = torch.zeros(2, *noise.shape, device=device)
     rows = torch.arange(len(prompts), device=device)  # the prompts whose answers are not finished
-    cache = DynamicCache(config=policy.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden, mask, cache = read_prompts(policy, prompts, pad_id)
+    positions, tokens = mask.sum(1, keepdim=True), None
     for step in range(noise.shape[1]):
-        hidden = trunk(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        every = F.log_softmax(logits_of(policy, hidden) / (temperature or 1), dim=-1)
+        if step > 0:
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+            hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            positions = positions + 1
+        probabilities = logits_of(policy, hidden, temperature or 1.0).softmax(-1)
         if temperature:
-            cumulative = every.exp().cumsum(-1)
+            cumulative = probabilities.cumsum(-1)
             # inverse transform sampling; times the total, which float32 leaves slightly off 1
             quantile = noise[rows, step, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, quantile, right=True).clamp(max=every.shape[-1] - 1)
+            tokens = torch.searchsorted(cumulative, quantile, right=True).clamp(max=probabilities.shape[-1] - 1)
         else:
-            tokens = every.argmax(-1, keepdim=True)
-        logprobs[rows, step] = every.gather(-1, tokens)[:, 0]
+            tokens = probabilities.argmax(-1, keepdim=True)
+        logprobs[rows, step] = probabilities.gather(-1, tokens)[:, 0].clamp(min=TINY).log()
         if value_head is not None:
             values[rows, step] = value_head(hidden.float())[:, 0]
         for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
@@ -147,30 +224,8 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
         if len(going) < len(rows):  # finished rows leave the batch
             cache.batch_select_indices(going)
             rows, tokens, mask, positions = rows[going], tokens[going], mask[going], positions[going]
-        ids, positions = tokens, positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     width = max(map(len, answers))
     return answers, logprobs[:, :width], values[:, :width]
-
-
-@contextmanager
-def merged_weights(policy):
-    """The active LoRA of a PeftModel added into new tensors meanwhile: half of the small products of each step less.
-
-    The old tensors are put back as they were: adding and subtracting would drift.
-    """
-    layers = [m for m in policy.modules() if isinstance(m, BaseTunerLayer)]
-    before = [(layer.get_base_layer(), layer.get_base_layer().weight) for layer in layers]
-    for base, weight in before:
-        base.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
-    for layer in layers:
-        layer.merge()
-    try:
-        yield
-    finally:
-        for layer, (base, weight) in zip(layers, before, strict=True):
-            layer.merged_adapters.clear()
-            base.weight = weight
 
 
 @torch.no_grad()

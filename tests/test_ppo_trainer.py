@@ -4,7 +4,6 @@ import math
 
 from modeling import load_frozen_policy, load_policy, load_reward_model, load_tokenizer
 from ppo_algorithm import (
-    adapted_kl_coef,
     advantages_and_returns,
     kl_per_token,
     policy_loss,

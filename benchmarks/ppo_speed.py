@@ -1,0 +1,240 @@
+"""Seconds an update and peak memory of PPO here and in TRL 1.12.0, the last release with a PPOTrainer, side by side.
+
+    make bench-ppo                                      # builds .venv-trl with TRL 1.12.0 and runs this
+    python benchmarks/ppo_speed.py --shapes tiny --repeats 5
+
+Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer length,
+epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own (the critic
+a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process of its own;
+medians are reported, and beside them the time that the matrix products of an update need at the rate at which this
+machine multiplies matrices.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SHAPES = {
+    "tiny": {
+        "config": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
+        "run": {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6},
+    },
+    "124M": {
+        "config": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+        "run": {"batch": 8, "response_length": 16, "epochs": 2, "updates": 4},
+    },
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def make(folder: Path, config: dict) -> None:
+    """The base, a reward adapter on it, and the same merged."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPT2TokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a b c"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = GPT2TokenizerFast(tokenizer_object=bpe._tokenizer)
+    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0))
+    for folder_name in ("base", "adapter", "merged"):
+        tokenizer.save_pretrained(folder / folder_name)
+    model.save_pretrained(folder / "base")
+    AutoModelForCausalLM.from_pretrained(folder / "base")
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    classifier = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, **LORA))
+    classifier.save_pretrained(folder / "adapter")
+    classifier.merge_and_unload().save_pretrained(folder / "merged")
+
+
+def prompts(vocabulary: int, count: int) -> list[list[int]]:
+    """Prompts as skewed in length as people's are: a median of 16 tokens, cut at 64.
+
+    The first questions of HH's helpful-online test set have a median of about 15 tokens, quartiles of 11 and 24, and one
+    in twenty above 150; whoever pads pays for the longest of a batch.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(count).log_normal_(2.77, 0.8, generator=generator).clamp(4, 64).long().tolist()
+    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def settings(folder: Path, run: dict, micro: int) -> dict:
+    return {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": run["batch"] // micro,
+        "num_ppo_epochs": run["epochs"],
+        "response_length": run["response_length"],
+        "total_episodes": run["batch"] * run["updates"],
+        "num_mini_batches": 1,
+        "local_rollout_forward_batch_size": run["batch"],
+        "num_sample_generations": 0,
+        "learning_rate": 1e-5,
+        "temperature": 0.7,
+        "kl_coef": 0.05,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def ours(folder: Path, shape: dict, micro: int):
+    import environment  # noqa: F401
+    from command_line import ModelArguments
+    from modeling import load_policy, load_tokenizer
+    from ppo_trainer import PPOConfig, PPOTrainer
+    from rewards import load_reward
+
+    from datasets import Dataset
+    from peft import get_peft_model
+
+    run = shape["run"]
+    model_args = ModelArguments(model_name_or_path=str(folder / "base"), lora_r=16, lora_alpha=32)
+    tokenizer = load_tokenizer(str(folder / "base"))
+    policy, peft_config = load_policy(model_args, tokenizer)
+    policy = get_peft_model(policy, peft_config)
+    rows = prompts(shape["config"]["vocab_size"], run["batch"] * run["updates"])
+    trainer = PPOTrainer(
+        model=policy,
+        args=PPOConfig(**settings(folder, run, micro), eval_strategy="no"),
+        reward_model=load_reward(str(folder / "adapter"), tokenizer, model_args, policy),
+        train_dataset=Dataset.from_dict({"prompt_ids": rows}),
+        eval_dataset={},
+        processing_class=tokenizer,
+    )
+    return trainer
+
+
+def theirs(folder: Path, shape: dict, micro: int):
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    run = shape["run"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
+    tokenizer.pad_token = "b"
+    critic = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    return PPOTrainer(
+        args=PPOConfig(**settings(folder, run, micro), stop_token="eos", bf16=False),
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(folder / "base"),
+        ref_model=None,
+        reward_model=AutoModelForSequenceClassification.from_pretrained(folder / "merged", num_labels=1),
+        value_model=get_peft_model(critic, LoraConfig(task_type="SEQ_CLS", **LORA)),
+        train_dataset=Dataset.from_dict(
+            {"input_ids": prompts(shape["config"]["vocab_size"], run["batch"] * run["updates"])}
+        ),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )
+
+
+def measure(who: str, folder: Path, shape: dict, micro: int) -> None:
+    """One run; prints the median seconds of its updates after the first, and its peak memory."""
+    trainer = {"ours": ours, "trl": theirs}[who](folder, shape, micro)
+    ends, log = [], trainer.log
+
+    def timed_log(*args, **kwargs):
+        ends.append(time.perf_counter())
+        return log(*args, **kwargs)
+
+    trainer.log = timed_log
+    trainer.train()
+    seconds = [b - a for a, b in zip(ends, ends[1 : shape["run"]["updates"]], strict=False)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": statistics.median(seconds), "peak": peak}))
+
+
+def floor(folder: Path, shape: dict, micro: int) -> None:
+    """The matrix products of one update, counted as it runs, and the seconds that they take at this machine's rate."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    trainer = ours(folder, {**shape, "run": {**shape["run"], "updates": 1}}, micro)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train()
+    width = shape["config"]["n_embd"]
+    a, b = torch.randn(1024, width), torch.randn(width, 4 * width)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    rate = 2 * a.shape[0] * b.numel() / statistics.median(times)
+    print(json.dumps({"gflop": counter.get_total_flops() / 1e9, "gflops": rate / 1e9}))
+
+
+def main(args):
+    if args.measure:
+        shape = SHAPES[args.shapes[0]]
+        folder = Path(args.folder)
+        return (
+            floor(folder, shape, args.micro)
+            if args.measure == "floor"
+            else measure(args.measure, folder, shape, args.micro or shape["run"]["batch"])
+        )
+    pythons = {"ours": sys.executable, "trl": args.trl_python, "floor": sys.executable}
+    for name in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder), SHAPES[name]["config"])
+            micro = args.micro or SHAPES[name]["run"]["batch"]
+            results = {"ours": [], "trl": [], "floor": []}
+            for who in [*["ours", "trl"] * args.repeats, "floor"]:
+                command = [pythons[who], __file__, "--measure", who, "--folder", folder, "--shapes", name]
+                done = subprocess.run([*command, "--micro", str(micro)], capture_output=True, text=True, cwd=folder)
+                if done.returncode:
+                    sys.exit(done.stderr[-3000:])
+                results[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"\n{name}: {SHAPES[name]['run']}, micro-batch {micro}, {args.repeats} runs each, alternating")
+            print(f"{'':12}{'s an update':>14}{'(all runs)':>30}{'peak MB':>10}")
+            median = {}
+            for who in ("trl", "ours"):
+                seconds = [result["seconds"] for result in results[who]]
+                peak = statistics.median(result["peak"] for result in results[who])
+                median[who] = statistics.median(seconds), peak
+                runs = " ".join(f"{s:.2f}" for s in seconds)
+                print(f"{who:12}{median[who][0]:14.3f}{runs:>30}{peak:10.0f}")
+            needed, rate = (results["floor"][0][key] for key in ("gflop", "gflops"))
+            print(
+                f"ours is {median['trl'][0] / median['ours'][0]:.2f} x as fast with"
+                f" {median['ours'][1] / median['trl'][1]:.2f} of the memory"
+            )
+            print(
+                f"{needed:.1f} GFLOP of matrix products at {rate:.0f} GFLOPS: {needed / rate:.2f} s;"
+                f" ours takes {median['ours'][0] / (needed / rate):.2f} x that"
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--micro", type=int, help="rows of a micro-batch; by default the whole batch")
+    parser.add_argument("--trl_python", default=str(ROOT / ".venv-trl/bin/python"), help="a Python with TRL 1.12.0")
+    parser.add_argument("--measure", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    main(parser.parse_args())
