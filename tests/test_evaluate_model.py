@@ -362,6 +362,16 @@ def test_a_real_model_on_real_dialogues(tmp_path, judges):
     assert len(samples) == 8 and 10 < found["reference_perplexity"] < 200
 
 
+def test_a_reward_model_whose_score_is_no_number_is_refused():
+    def broken(prompts, completions, ended, columns):
+        return torch.tensor([float("nan")] * len(prompts))
+
+    with pytest.raises(UserError, match="broken gives nan to the answer 'Yes.'"):
+        evaluation_answers.judge(
+            broken, "broken", [[{"role": "user", "content": "?"}]], [Answer([], "Yes.", True)], {}, 1
+        )
+
+
 def test_answers_are_drawn_by_seed_prompt_and_sample_alone():
     noise = evaluation_answers.noise_for
     assert torch.equal(noise(1, "ab", 0, 5), noise(1, "ab", 0, 9)[:5])
