@@ -142,6 +142,7 @@ def main(args):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import complains on a CPU
     from adapters import check_base, load_adapter, load_sum, read_config, resize_for, resolve_adapters
     from modeling import load_merge_base, read_tokenizer
+    from rewards import STATISTICS
 
     import torch
     from safetensors import SafetensorError
@@ -183,6 +184,8 @@ def main(args):
             cast(model, getattr(torch, dtype))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if (Path(names[0]) / STATISTICS).exists() and not weights:
+                shutil.copy(Path(names[0]) / STATISTICS, folder)
             cast(model, torch.float32)
             written = probe_logits(model)
             del model

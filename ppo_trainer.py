@@ -9,7 +9,7 @@ policy, estimate advantages, and take `num_ppo_epochs * num_mini_batches` optimi
 import copy
 import json
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from fast_lora import use_fast_lora
@@ -34,6 +34,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from trl.models.utils import unwrap_model_for_generation
@@ -96,9 +97,9 @@ class PolicyAndValue(nn.Module):
         return logprobs, entropy, mask, self.values(prompts, answers, pad_id, states)
 
     def values(self, prompts, answers, pad_id: int, states=None):
-        """The values alone; `states` are the policy's, which a critic of its own has no use for."""
-        if self.value_adapter:
-            with active_adapter(self.policy, "value"):
+        """The values alone; `states` are the policy's, where they are there already."""
+        if self.value_adapter or states is None:
+            with active_adapter(self.policy, "value") if self.value_adapter else nullcontext():
                 states = answer_states(self.policy, prompts, answers, pad_id)
         return padded(self.value_head(states.float())[:, 0], [len(answer) for answer in answers])
 
@@ -282,12 +283,19 @@ class PPOTrainer(Trainer):
         first = self.args.process_index * self.ppo.local_batch_size
         return rows[(rows >= first) & (rows < first + self.ppo.local_batch_size)] - first
 
+    @contextmanager
     def reading(self, reference: bool):
-        """(context, model) of the policy as it is, or of the reference."""
-        policy = self.accelerator.unwrap_model(self.model).policy
-        if reference and self.reference_model is not None:
-            return nullcontext(), self.reference_model
-        return active_adapter(policy, self.reference_adapter) if reference else nullcontext(), policy
+        """The policy as it is, or the reference, in eval mode, without gradients and in the precision of training."""
+        model = self.accelerator.unwrap_model(self.model)
+        own_weights = reference and self.reference_model is not None
+        active = (
+            active_adapter(model.policy, self.reference_adapter) if reference and not own_weights else nullcontext()
+        )
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager(), active:
+            yield self.reference_model if own_weights else model.policy
+        model.train(training)
 
     def sample(self, rows: list[dict], noise, reference: bool = False) -> dict:
         """Answers to prompts, of the policy or of the reference, and what is known of them before training.
@@ -295,56 +303,44 @@ class PPOTrainer(Trainer):
         Returns:
             prompts, answers (lists of token ids), logprobs, values, mask (rows, tokens), ended (rows,).
         """
+        model, device = self.accelerator.unwrap_model(self.model), self.args.device
         prompts = [row["prompt_ids"] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # prompts of a length need little padding
-        answers, parts = [None] * len(rows), []
-        temperature, size = self.ppo.temperature, self.ppo.local_rollout_forward_batch_size
-        shape = len(rows), self.ppo.response_length
-        logprobs, values = torch.zeros(2, *shape, device=self.args.device)
-        context, policy = self.reading(reference)
-        model = self.accelerator.unwrap_model(self.model)
-        keeps = self.exact and not model.value_adapter
-        training = self.model.training
-        self.model.eval()
+        answers = [None] * len(rows)
+        logprobs, values = torch.zeros(2, len(rows), self.ppo.response_length, device=device)
+        options = {"stop_ids": self.stop_ids, "pad_id": self.pad_id, "temperature": self.ppo.temperature}
         gather = {"gather_deepspeed3_params": self.ppo.ds3_gather_for_generation}
-        with torch.no_grad(), self.compute_loss_context_manager(), context:
-            with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather):
-                for i in range(0, len(rows), size):
-                    chosen = order[i : i + size]
-                    parts = generate(
-                        policy,
-                        [prompts[j] for j in chosen],
-                        noise[chosen],
-                        stop_ids=self.stop_ids,
-                        pad_id=self.pad_id,
-                        temperature=temperature,
-                        value_head=model.value_head,
-                    )
-                    if not reference and not keeps:  # as training computes them, to the last bit that counts
-                        texts = [prompts[j] for j in chosen], parts[0], self.pad_id
-                        parts[1], *_, parts[2] = model(*texts, temperature)
-                    for j, answer in zip(chosen, parts[0], strict=True):
-                        answers[j] = answer
-                    width = parts[1].shape[1]
-                    logprobs[chosen, :width], values[chosen, :width] = parts[1], parts[2]
-        self.model.train(training)
-        lengths = [len(answer) for answer in answers]
-        mask = length_mask(lengths, self.args.device)
+        size = self.ppo.local_rollout_forward_batch_size
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **gather),
+            self.reading(reference) as policy,
+        ):
+            for i in range(0, len(rows), size):
+                chosen = order[i : i + size]
+                some = [prompts[j] for j in chosen]
+                texts, *known = generate(policy, some, noise[chosen], value_head=model.value_head, **options)
+                if not reference and not self.exact:  # as training will compute them
+                    known[0] = read_answers(policy, some, texts, self.pad_id, self.ppo.temperature)[0]
+                if not reference and (model.value_adapter or not self.exact):
+                    known[1] = model.values(some, texts, self.pad_id)
+                for j, text in zip(chosen, texts, strict=True):
+                    answers[j] = text
+                width = known[0].shape[1]
+                logprobs[chosen, :width], values[chosen, :width] = known
+        mask = length_mask([len(answer) for answer in answers], device)
+        ended = torch.tensor([answer[-1] in self.stop_ids for answer in answers], device=device)
         width = mask.shape[1]
-        ended = torch.tensor([answer[-1] in self.stop_ids for answer in answers], device=self.args.device)
-        sampled = {"prompts": prompts, "answers": answers, "mask": mask, "ended": ended}
-        return sampled | {"logprobs": logprobs[:, :width] * mask, "values": values[:, :width] * mask}
+        known = {"logprobs": logprobs[:, :width] * mask, "values": values[:, :width] * mask}
+        return {"prompts": prompts, "answers": answers, "mask": mask, "ended": ended, **known}
 
-    @torch.no_grad()
     def reference_logprobs(self, prompts, answers) -> torch.Tensor:
         """What the reference policy thinks of answers, (rows, tokens)."""
-        context, policy = self.reading(reference=True)
         size, parts = self.ppo.local_rollout_forward_batch_size, []
-        with self.compute_loss_context_manager(), context:
+        with self.reading(reference=True) as policy:
             for i in range(0, len(prompts), size):
-                rows = prompts[i : i + size], answers[i : i + size]
-                parts += read_answers(policy, *rows, self.pad_id, self.ppo.temperature)[0]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[:, : max(map(len, answers))]
+                some = prompts[i : i + size], answers[i : i + size]
+                parts += read_answers(policy, *some, self.pad_id, self.ppo.temperature)[0]
+        return pad_sequence(parts, batch_first=True)[:, : max(map(len, answers))]
 
     def texts(self, sampled) -> list[str]:
         """Answers as a reader sees them, without the token that ends them."""

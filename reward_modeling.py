@@ -19,6 +19,8 @@ from modeling import fit_length, load_tokenizer, new_reward_model
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
 from rendering import encode_preference, tokenize
+from rewards import store_statistics
+from rollout import score
 from run_folder import find_resume, finish, plan
 from run_log import watch
 from user_error import UserError
@@ -88,6 +90,11 @@ def main(script_args, training_args, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    held_out = [row for rows in evals.values() for row in rows] or train.select(range(min(len(train), 200)))
+    answers = [row[side] for row in held_out for side in ("chosen_ids", "rejected_ids")]
+    if trainer.is_world_process_zero():
+        store_statistics(score(model, answers, tokenizer.pad_token_id), folder)
     finish(
         trainer,
         (script_args, training_args, model_args),

@@ -45,14 +45,8 @@ class RewardModel:
 
     def score_tokens(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
         """The score of each row of its own tokens, (rows,)."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        scores = torch.empty(len(rows), device=self.model.device)
         with active_adapter(self.model, self.adapter) if self.adapter else nullcontext():
-            for i in range(0, len(rows), batch_size):
-                chosen = order[i : i + batch_size]
-                ids = [rows[j] for j in chosen]
-                scores[chosen] = read_scores(self.model, self.head, ids, self.tokenizer.pad_token_id)
-        return scores
+            return read_scores(self.model, self.head, rows, self.tokenizer.pad_token_id, batch_size)
 
     def __call__(self, prompts, completions, ended, columns=None) -> torch.Tensor:
         """The scores of answers given as text, (rows,).
@@ -126,6 +120,12 @@ class RewardFunction:
             f"the reward function {self.name} {what}\n  prompt: {prompt[-1]['content'][:200]!r}\n"
             f"  answer: {text[:200]!r}"
         )
+
+
+def store_statistics(scores: torch.Tensor, folder: str) -> None:
+    """Write down mean and standard deviation of a reward model's scores, (rows,), in its folder."""
+    statistics = {"mean": scores.mean().item(), "std": scores.std().item(), "rows": len(scores)}
+    (Path(folder) / STATISTICS).write_text(json.dumps(statistics) + "\n")
 
 
 def load_reward(name: str, tokenizer=None, model_args=None, policy=None):

@@ -229,14 +229,18 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
 
 
 @torch.no_grad()
+def read_scores(model, head, rows: list[list[int]], pad_id: int, batch_size: int = 64) -> torch.Tensor:
+    """A head (hidden -> 1) on a model's last hidden state of each row of tokens, wherever the padding is: (rows,)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of a length need little padding
+    scores = torch.empty(len(rows), device=model.device)
+    for i in range(0, len(rows), batch_size):
+        chosen = order[i : i + batch_size]
+        ends = torch.tensor([len(rows[j]) for j in chosen], device=model.device).cumsum(0) - 1
+        last = last_states(model, [rows[j] for j in chosen], pad_id)[ends]
+        scores[chosen] = head(last.to(next(head.parameters()).dtype)).float().squeeze(-1)
+    return scores
+
+
 def score(reward_model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
-    """The reward of each row of tokens by a sequence classifier, read at its last token: (rows,)."""
+    """The rewards of rows of tokens by a sequence classifier, (rows,)."""
     return read_scores(reward_model, plain(reward_model).score, rows, pad_id)
-
-
-@torch.no_grad()
-def read_scores(model, head, rows: list[list[int]], pad_id: int) -> torch.Tensor:
-    """The same of any model and a head (hidden -> 1) on its last hidden state."""
-    ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-    last = last_states(model, rows, pad_id)[ends.to(model.device)]
-    return head(last.to(next(head.parameters()).dtype)).float().squeeze(-1)
