@@ -241,7 +241,7 @@ def print_report(report, folder: Path) -> None:
         print(*textwrap.wrap(line, WIDTH, subsequent_indent="  "), sep="\n")
     print(f"report: {folder}/report.md, report.png, report.json, samples.csv")
     if report.get("best_of"):
-        print(f"pairs of the best and the worst sample, to train on: {folder}/pairs_*.jsonl")
+        print(f"best and worst samples as pairs to train on: {folder}/pairs_*.jsonl")
 
 
 def write_report(report, folder: Path) -> None:
