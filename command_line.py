@@ -17,6 +17,7 @@ from user_error import UserError
 
 import torch
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, TrlParser
 
 # Flags that other versions or systems spell otherwise, and what to type today.
@@ -152,6 +153,9 @@ class StageParser(TrlParser):
             raise UserError(str(error).strip()) from error
         if unknown:
             raise UserError(self._unknown(unknown[0].split("=")[0], "flag"))
+        for tracker in (name for arguments in parsed for name in getattr(arguments, "report_to", None) or ()):
+            if tracker not in get_available_reporting_integrations():
+                raise UserError(f"--report_to {tracker} is not installed here, or not known\n  pip install {tracker}")
         return tuple(parsed)
 
     def _read_yaml(self, path):

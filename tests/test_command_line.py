@@ -40,6 +40,12 @@ def test_yaml_files_are_read_left_to_right_and_flags_win(tmp_path):
     assert not model.use_peft and model.lora_target_modules == ["x", "y"]
 
 
+def test_the_best_model_needs_no_word_on_when_to_save():
+    best = ("--load_best_model_at_end", "--metric_for_best_model", "eval_rouge_avg")
+    assert parse(*REQUIRED, *best)[1].save_strategy == "best"
+    assert parse(*REQUIRED, *best, "--save_strategy", "epoch")[1].save_strategy == "epoch"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -48,6 +54,7 @@ def test_yaml_files_are_read_left_to_right_and_flags_win(tmp_path):
         (["--dtype", "int3"], "--dtype: invalid choice"),
         (["--warmup_ratio", "0.1"], "--warmup_steps 0.1"),
         (["--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit"),
+        (["--report_to", "tensorbored"], "pip install tensorbored"),
     ],
 )
 def test_wrong_flags_say_what_to_type(flags, says):
