@@ -4,6 +4,8 @@ import json
 import textwrap
 from pathlib import Path
 
+from ppo_algorithm import kl_per_token
+
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -12,6 +14,43 @@ from transformers import TrainerCallback
 def compare(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """1 where an answer scores higher than the other, 0 where lower, a half for ties: its mean is the win rate."""
     return (scores > others).float() + 0.5 * (scores == others)
+
+
+def evaluate(trainer, datasets: dict, prefix: str) -> tuple[dict, list[dict]]:
+    """The policy's answers to held-out prompts, against the starting policy's with the same noise.
+
+    Returns:
+        `<prefix>_<dataset>_scores`, `_kl`, `_mean_length`, `_eos_rate`, `_win_rate`; and this process's samples.
+    """
+    args, metrics, samples = trainer.args, {}, []
+    for name, dataset in datasets.items():
+        dataset = dataset.select(range(min(len(dataset), trainer.ppo.max_eval_prompts)))
+        mine = list(range(args.process_index, len(dataset), args.world_size))
+        rows, noise = [dataset[i] for i in mine], trainer.noise((1,), len(dataset))[mine]
+        if name not in trainer.starting_answers:
+            started = trainer.sample(rows, noise, reference=True)
+            trainer.starting_answers[name] = trainer.scores(rows, started), trainer.texts(started)
+        starting_scores, starting_texts = trainer.starting_answers[name]
+        sampled = trainer.sample(rows, noise)
+        scores = trainer.scores(rows, sampled)
+        ref_logprobs = trainer.reference_logprobs(sampled["prompts"], sampled["answers"])
+        kl = kl_per_token(sampled["logprobs"], ref_logprobs, trainer.ppo.kl_estimator) * sampled["mask"]
+        means = {
+            "scores": scores,
+            "kl": kl.sum(1),
+            "mean_length": sampled["mask"].sum(1),
+            "eos_rate": sampled["ended"],
+            "win_rate": compare(scores, starting_scores),
+        }
+        for key, value in trainer.mean(means, len(dataset)).items():
+            metrics[f"{prefix}_{name}_{key}"] = value
+        texts, decode = trainer.texts(sampled), trainer.processing_class.decode
+        for row, answer, score, *start in zip(
+            rows, texts, scores.tolist(), starting_texts, starting_scores.tolist(), strict=True
+        ):
+            sample = {"dataset": name, "prompt": decode(row["prompt_ids"]), "answer": answer, "score": score}
+            samples.append({**sample, "starting_answer": start[0], "starting_score": start[1]})
+    return metrics, samples
 
 
 def show_samples(samples: list[dict], update: int, output_dir: str, shown: int = 2) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fast_lora import use_fast_lora
 from flat_rows import use_flat_rows
+from policy_and_value import PolicyAndValue
 from ppo_algorithm import (
     adapted_kl_coef,
     advantages_and_returns,
@@ -24,9 +25,9 @@ from ppo_algorithm import (
     whiten,
 )
 from ppo_config import PPOConfig
-from ppo_evaluation import LastEvaluation, compare, show_samples
-from rollout import answer_states, generate, length_mask, padded, read_answers, trunk_of
-from shared_base import active_adapter, copy_adapter, is_new, parameters_of, recompute_with_same_adapter
+from ppo_evaluation import LastEvaluation, evaluate, show_samples
+from rollout import generate, last_states, length_mask, logits_of, read_answers
+from shared_base import active_adapter, copy_adapter, is_new, parameters_of
 from user_error import UserError
 
 import torch
@@ -66,52 +67,6 @@ class BatchSampler(Sampler):
             batch, order = order[: self.batch_size], order[self.batch_size :]
             for _ in range(self.repeats):
                 yield from batch
-
-
-class PolicyAndValue(nn.Module):
-    """The policy with a scalar value head on its last hidden state, or on that of an adapter of the critic's own."""
-
-    def __init__(self, policy, adapter: str, value_adapter: bool, score_weight=None):
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-        self.adapter, self.value_adapter = adapter, value_adapter
-        hidden_size = trunk_of(policy)(torch.zeros(1, 1, dtype=torch.long, device=policy.device))[0].shape[-1]
-        self.value_head = nn.Linear(hidden_size, 1, bias=False)
-        # a reward model's head already points to what makes an answer good
-        fits = score_weight is not None and score_weight.shape == self.value_head.weight.shape
-        self.value_head.weight.data = score_weight.float().clone() if fits else torch.zeros(1, hidden_size)
-
-    # asked by TRL's unwrap_model_for_generation; layers do not checkpoint in eval mode anyway
-    is_gradient_checkpointing = False
-
-    def value_parameters(self) -> dict:
-        own = parameters_of(self.policy, "value") if self.value_adapter else {}
-        return {"value_head.weight": self.value_head.weight} | {f"policy.{name}": p for name, p in own.items()}
-
-    def forward(self, prompts, answers, pad_id: int, temperature: float, policy_trains: bool = True, **options):
-        """Log-probabilities and entropies of the answers' tokens, mask, and values of the states before them, all
-        (rows, tokens)."""
-        logprobs, entropy, mask, states = read_answers(self.policy, prompts, answers, pad_id, temperature, **options)
-        if not policy_trains:
-            logprobs, entropy, states = logprobs * 0, entropy * 0, states.detach()
-        return logprobs, entropy, mask, self.values(prompts, answers, pad_id, states)
-
-    def values(self, prompts, answers, pad_id: int, states=None):
-        """The values alone; `states` are the policy's, where they are there already."""
-        if self.value_adapter or states is None:
-            with active_adapter(self.policy, "value") if self.value_adapter else nullcontext():
-                states = answer_states(self.policy, prompts, answers, pad_id)
-        return padded(self.value_head(states.float())[:, 0], [len(answer) for answer in answers])
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        if isinstance(self.policy, PeftModel):
-            kwargs["context_fn"] = recompute_with_same_adapter(self.policy)
-            self.policy.enable_input_require_grads()
-        self.policy.gradient_checkpointing_enable(kwargs)
-
-    def gradient_checkpointing_disable(self):
-        self.policy.gradient_checkpointing_disable()
 
 
 class PPOTrainer(Trainer):
@@ -175,7 +130,7 @@ class PPOTrainer(Trainer):
                 other.to(self.args.device)
         self.kl_coef = args.kl_coef
         self._rollout = self._micro_step = None
-        self._stopped, self._starting = False, {}
+        self._stopped, self.starting_answers = False, {}
         self._metrics = defaultdict(list)
         self._check_trunk()
 
@@ -186,7 +141,7 @@ class PPOTrainer(Trainer):
             if args.value_adapter:
                 raise UserError("--value_adapter needs a LoRA policy: leave out --no_use_peft")
             self.reference_model = copy.deepcopy(model).eval().requires_grad_(False)
-        elif not args.ref_adapter_name and not is_new(model):
+        elif not args.ref_adapter_name and not is_new(model, self.adapter):
             copy_adapter(model, self.adapter, "ref")
             self.reference_adapter = "ref"
         if args.value_adapter:
@@ -194,27 +149,25 @@ class PPOTrainer(Trainer):
             for parameter in parameters_of(model, "value").values():
                 parameter.requires_grad_(True)
         for other in filter(None, (model, self.reference_model, getattr(self.reward, "model", None))):
-            use_flat_rows(other)
-            use_fast_lora(other)
             for module in other.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # or the ratio would not be 1 before the first step
+            use_flat_rows(other)
+            use_fast_lora(other)
 
     def _check_trunk(self):
         """Logits are made from the trunk's last state and the head alone; refuse a model that does more than that."""
-        policy = self.accelerator.unwrap_model(self.model).policy
-        prompts = [self.train_dataset[i]["prompt_ids"][-n:] for i, n in ((0, 8), (1, 5))]
+        policy = self.accelerator.unwrap_model(self.model).policy.eval()
+        ids = self.train_dataset[0]["prompt_ids"][-8:]
         with torch.no_grad():
-            logprobs = read_answers(
-                policy.eval(), [p[:1] for p in prompts], [p[1:] for p in prompts], self.pad_id, 1.0
-            )[0]
-            for row, ids in zip(logprobs, prompts, strict=True):
-                ids = torch.tensor([ids], device=self.args.device)
-                whole = policy(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-                if not torch.allclose(row[: len(whole)], whole, atol=self.tolerance):
+            whole = policy(input_ids=torch.tensor([ids], device=self.args.device)).logits[0].float()
+            states = last_states(policy, [ids, ids[:5]], self.pad_id)
+            for row in (slice(len(ids)), slice(len(ids), None)):
+                logits = logits_of(policy, states[row], 1.0)
+                if not torch.allclose(logits, whole[: len(logits)], atol=self.tolerance, rtol=self.tolerance):
                     raise UserError(
-                        f"{self.model.config.model_type} changes its logits after the output layer (soft-capping or "
-                        "scaling): PPO does not know how\n  dpo_training.py trains such models"
+                        f"{self.model.config.model_type} changes its logits after the output layer, by scaling or "
+                        "otherwise: PPO does not know how\n  dpo_training.py trains such models"
                     )
 
     def create_optimizer(self, *args):
@@ -488,41 +441,9 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Answers held-out prompts; logs `eval_<dataset>_scores`, `_kl`, `_mean_length`, `_eos_rate` and `_win_rate`
-        against the starting policy, which answers once with the same noise. Samples go to `samples/`."""
-        metrics, samples = {}, []
-        for name, dataset in (self.eval_dataset if eval_dataset is None else eval_dataset).items():
-            dataset = dataset.select(range(min(len(dataset), self.ppo.max_eval_prompts)))
-            mine = range(self.args.process_index, len(dataset), self.args.world_size)
-            rows, noise = [dataset[i] for i in mine], self.noise((1,), len(dataset))[list(mine)]
-            if name not in self._starting:
-                started = self.sample(rows, noise, reference=True)
-                self._starting[name] = self.scores(rows, started), self.texts(started)
-            sampled = self.sample(rows, noise)
-            ref_logprobs = self.reference_logprobs(sampled["prompts"], sampled["answers"])
-            scores, (starting_scores, starting_texts) = self.scores(rows, sampled), self._starting[name]
-            means = {
-                "scores": scores,
-                "kl": (kl_per_token(sampled["logprobs"], ref_logprobs, self.ppo.kl_estimator) * sampled["mask"]).sum(
-                    1
-                ),
-                "mean_length": sampled["mask"].sum(1),
-                "eos_rate": sampled["ended"],
-                "win_rate": compare(scores, starting_scores),
-            }
-            for key, value in self.mean(means, len(dataset)).items():
-                metrics[f"{metric_key_prefix}_{name}_{key}"] = value
-            samples += [
-                {"dataset": name, "prompt": p, "answer": a, "score": s, "starting_answer": b, "starting_score": t}
-                for p, a, s, b, t in zip(
-                    [self.processing_class.decode(row["prompt_ids"]) for row in rows],
-                    self.texts(sampled),
-                    scores.tolist(),
-                    starting_texts,
-                    starting_scores.tolist(),
-                    strict=True,
-                )
-            ]
+        """Answers held-out prompts, logs and returns `eval_<dataset>_scores` and others: ppo_evaluation.py."""
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics, samples = evaluate(self, datasets, metric_key_prefix)
         if self.is_world_process_zero():
             show_samples(samples, self.state.global_step // self.steps_per_update, self.args.output_dir)
         self.log(metrics)

@@ -20,6 +20,7 @@ from shared_base import active_adapter, attach_adapter
 from user_error import UserError
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 
 # In a reward model's folder: the mean and standard deviation of its scores of held-out answers.
@@ -61,7 +62,7 @@ class RewardModel:
     def encode(self, prompt, completion: str, ended: bool) -> list[int]:
         """Tokens of prompt and answer, of which the prompt gives way where the model has too few positions."""
         prompt_ids, answer, _ = encode_dialogue(self.tokenizer, prompt, [{"role": "assistant", "content": completion}])
-        answer = answer[: None if ended else -1][: self.max_length - 8]
+        answer = answer[: None if ended else -1][: self.max_length - min(len(prompt_ids), self.max_length // 2)]
         if len(prompt_ids) + len(answer) > self.max_length:
             prompt = shorten_prompt(self.tokenizer, prompt, self.max_length - len(answer))
             prompt_ids = token_ids(self.tokenizer, prompt, add_generation_prompt=True)
@@ -92,9 +93,9 @@ class RewardFunction:
         Raises:
             UserError: naming prompt and answer, if the function raises or returns anything but finite numbers.
         """
-        answers = [[{"role": "assistant", "content": text}] for text in completions]
+        answers, columns = [[{"role": "assistant", "content": text}] for text in completions], columns or {}
         try:
-            scores = self.call(prompts, answers, columns or {})
+            scores = self.call(prompts, answers, columns)
         except Exception as error:  # of the user's own code: find the row that it fails on
             for i in range(len(prompts)):
                 try:
@@ -139,6 +140,8 @@ def load_reward(name: str, tokenizer=None, model_args=None, policy=None):
         return RewardFunction(name)
     own = load_tokenizer(name)
     differs = differing_tokens(own, tokenizer) if tokenizer else []
+    if differs:
+        PartialState().print(f"{name} has another {' and '.join(differs)} than the policy: it is given the text")
     base, adapter = resolve_model(name)
     if adapter and isinstance(policy, PeftModel) and shares_base(adapter, base, model_args):
         head = trained_head(adapter)

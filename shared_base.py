@@ -83,7 +83,7 @@ def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
         raise UserError(f"the adapter {folder} does not fit the policy's base: {lost[0]} has no place in it")
 
 
-def is_new(model) -> bool:
+def is_new(model, adapter: str) -> bool:
     """Whether a PeftModel's adapter changes nothing yet: the base alone is the policy's starting point."""
-    parameters = parameters_of(model, "default")
+    parameters = parameters_of(model, adapter)
     return not any(p.any() for name, p in parameters.items() if "lora_B" in name or "lora_" not in name)

@@ -1,9 +1,10 @@
 """Seconds an update and peak memory of PPO here and in TRL 1.12.0, the last release with a PPOTrainer, side by side.
 
-    make bench-ppo                                      # builds .venv-trl with TRL 1.12.0 and runs this
+    make bench-ppo                                   # builds .venv-trl with TRL 1.12.0 and runs this
     python benchmarks/ppo_speed.py --shapes tiny --repeats 5
 
-Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer length,
+Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer
+length,
 epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own (the critic
 a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process of its own;
 medians are reported, and beside them the time that the matrix products of an update need at the rate at which this
@@ -69,8 +70,8 @@ def make(folder: Path, config: dict) -> None:
 def prompts(vocabulary: int, count: int) -> list[list[int]]:
     """Prompts as skewed in length as people's are: a median of 16 tokens, cut at 64.
 
-    The first questions of HH's helpful-online test set have a median of about 15 tokens, quartiles of 11 and 24, and one
-    in twenty above 150; whoever pads pays for the longest of a batch.
+    The first questions of HH's helpful-online test set have a median of about 15 tokens, quartiles of 11 and 24, and
+    one in twenty above 150; whoever pads pays for the longest of a batch.
     """
     import torch
 

@@ -1,92 +1,20 @@
-"""The mathematics of PPO by hand, and the trainer's promises: `pytest tests/test_ppo_trainer.py`."""
+"""The PPO trainer's promises, and those of what it trains with: `pytest tests/test_ppo_trainer.py`."""
 
-import math
+import json
 
-from modeling import load_frozen_policy, load_policy, load_reward_model, load_tokenizer
-from ppo_algorithm import (
-    advantages_and_returns,
-    kl_per_token,
-    policy_loss,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+import merge_peft_adapter
+from modeling import load_policy, load_reward_model, load_tokenizer
+from ppo_algorithm import advantages_and_returns, kl_per_token, token_rewards, whiten
 from ppo_trainer import BatchSampler, PPOConfig, PPOTrainer
 from ppo_training import make_parser
 from rewards import load_reward
-from rollout import generate, read_answers, score
 from user_error import UserError
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-
-
-def close(tensor, expected, **kwargs):
-    torch.testing.assert_close(tensor, torch.tensor(expected), **kwargs)
-
-
-def test_undiscounted_advantages_are_reward_to_come_minus_value():
-    """gamma = lam = 1, rewards 0 0 1, values .5 .25 .75: the return is 1 everywhere, advantages .5 .75 .25.
-
-    The second row ends after two tokens: what stands in the padding must not matter.
-    """
-    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 0.0]])
-    values = torch.tensor([[0.5, 0.25, 0.75], [1.0, 1.0, 99.0]])
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    advantages, returns = advantages_and_returns(rewards, values, mask, gamma=1.0, lam=1.0)
-    close(advantages, [[0.5, 0.75, 0.25], [1.0, 1.0, 0.0]])
-    close(returns, [[1.0, 1.0, 1.0], [2.0, 2.0, 0.0]])
-
-
-def test_gae_discounts_by_gamma_times_lambda():
-    """gamma = .5, lam = .5, rewards 1 2, values 3 4. delta_2 = 2 - 4 = -2; delta_1 = 1 + .5*4 - 3 = 0.
-    A_2 = -2; A_1 = 0 + .25 * -2 = -.5."""
-    advantages, returns = advantages_and_returns(
-        torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]), torch.ones(1, 2), gamma=0.5, lam=0.5
-    )
-    close(advantages, [[-0.5, -2.0]])
-    close(returns, [[2.5, 2.0]])
-
-
-def test_the_score_lands_on_the_last_real_token():
-    """kl_coef .1: each token costs a tenth of its KL; row 1 ends at its second token, where its score 5 is added."""
-    kl = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    close(token_rewards(torch.tensor([1.0, 5.0]), kl, mask, 0.1), [[-0.1, -0.2, 0.7], [-0.1, 4.8, 0.0]])
-
-
-def test_kl_estimators():
-    """logprob -1, reference -2: log ratio r = -1; k1 = 1; k3 = e^-1 - 1 + 1 = e^-1. Equal policies: 0."""
-    one, two = torch.tensor([-1.0]), torch.tensor([-2.0])
-    close(kl_per_token(one, two, "k1"), [1.0])
-    close(kl_per_token(one, two, "k3"), [math.exp(-1)])
-    close(kl_per_token(one, one, "k3"), [0.0])
-
-
-def test_whitening_ignores_the_padding():
-    """1 and 3 have mean 2, unbiased variance 2: they become -+1/sqrt 2; without the shift the mean is added back."""
-    values, mask = torch.tensor([[1.0, 3.0, 77.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    half = 1 / math.sqrt(2)
-    close(whiten(values, mask), [[-half, half, 0.0]])
-    close(whiten(values, mask, shift_mean=False), [[2 - half, 2 + half, 0.0]])
-
-
-def test_policy_loss_is_clipped_only_where_that_is_worse():
-    """Ratio 1.5, cliprange .2: advantage +1 gives -1.2 (clipped), advantage -1 gives 1.5 (the penalty stays)."""
-    ratio = torch.log(torch.tensor([1.5, 1.5]))
-    losses, _, clipped = policy_loss(ratio, torch.zeros(2), torch.tensor([1.0, -1.0]), cliprange=0.2)
-    close(losses, [-1.2, 1.5])
-    assert clipped.tolist() == [True, False]
-
-
-def test_value_loss_takes_the_worse_of_clipped_and_not():
-    """Old value 0, return 1, range .2. New value 1: error 0, but clipped to .2 it is .8^2: loss .32. New value -1:
-    unclipped error 4 is the worse: loss 2."""
-    losses, clipped = value_loss(torch.tensor([1.0, -1.0]), torch.zeros(2), torch.ones(2), cliprange_value=0.2)
-    close(losses, [0.32, 2.0])
-    assert clipped.tolist() == [True, False]
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 
 
 def test_batches_repeat_and_use_every_prompt_before_any_twice():
@@ -97,70 +25,6 @@ def test_batches_repeat_and_use_every_prompt_before_any_twice():
     assert order == list(BatchSampler(6, 3, 4, 2, seed=1)) != list(BatchSampler(6, 3, 4, 2, seed=2))
 
 
-@pytest.fixture(scope="module")
-def policy(saved):
-    tokenizer = load_tokenizer(saved["sft"])
-    return load_frozen_policy(saved["sft"], tokenizer), tokenizer
-
-
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-
-
-def test_an_answer_depends_neither_on_its_neighbours_nor_on_its_padding(policy):
-    model, tokenizer = policy
-    noise = torch.rand(3, 12, generator=torch.Generator().manual_seed(0))
-    options = {"stop_ids": set(range(0, 400, 7)), "pad_id": tokenizer.pad_token_id, "temperature": 1.0}
-    together, logprobs, _ = generate(model, PROMPTS, noise, **options)
-    alone = [generate(model, [p], noise[i : i + 1], **options)[0][0] for i, p in enumerate(PROMPTS)]
-    assert together == alone
-    assert len({len(a) for a in together}) > 1  # so that rows did leave the batch
-    for answer in together:
-        assert not set(answer[:-1]) & options["stop_ids"]
-
-
-def test_sampling_draws_the_quantile_of_the_models_own_distribution(policy):
-    model, tokenizer = policy
-    with torch.no_grad():
-        cumulative = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].div(0.7).softmax(-1).cumsum(-1)
-    for quantile in (0.0, 0.3, 0.999):
-        noise = torch.full((1, 1), quantile)
-        options = {"stop_ids": set(), "pad_id": tokenizer.pad_token_id, "temperature": 0.7}
-        [[token]], _, _ = generate(model, PROMPTS[:1], noise, **options)
-        assert cumulative[token] > quantile >= (cumulative[token - 1] if token else 0)
-
-
-def test_answers_are_read_as_a_plain_forward_pass_would(policy):
-    model, tokenizer = policy
-    answers = [[20, 21], [22], [23, 24, 25]]
-    logprobs, entropy, mask, _ = read_answers(model, PROMPTS, answers, tokenizer.pad_token_id, 0.5)
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
-        with torch.no_grad():
-            every = (model(input_ids=torch.tensor([prompt + answer])).logits[0] / 0.5).log_softmax(-1)
-        before = every[len(prompt) - 1 : -1]
-        torch.testing.assert_close(logprobs[row, : len(answer)], before[range(len(answer)), answer])
-        torch.testing.assert_close(entropy[row, : len(answer)], -(before.exp() * before).sum(-1))
-        assert mask[row].sum() == len(answer) and not logprobs[row, len(answer) :].any()
-
-
-def test_scores_do_not_depend_on_padding_and_are_read_at_the_eos(saved, policy):
-    _, tokenizer = policy
-    reward_model = load_reward_model(saved["reward"], tokenizer)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    rows = [[5, 6, eos], [7, eos], [8, 9, 10, 11, eos]]
-    together = score(reward_model, rows, pad)
-    alone = torch.cat([score(reward_model, [row], pad) for row in rows])
-    torch.testing.assert_close(together, alone)
-    with torch.no_grad():  # what any other library computes with the same folder, on either padding side
-        for side in ("right", "left"):
-            tokenizer.padding_side = side
-            batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            theirs = reward_model(**batch, position_ids=positions).logits[:, 0]
-            torch.testing.assert_close(theirs, together)
-    tokenizer.padding_side = "right"
-    assert not torch.allclose(score(reward_model, [[5, 6]], pad), together[:1])
-
-
 def row(i):
     return {
         "prompt_ids": [3 + i, 40, 50 + i],
@@ -169,7 +33,7 @@ def row(i):
     }
 
 
-def make_trainer(saved, folder, prompts=16, **flags):
+def make_trainer(saved, folder, prompts=16, reference="The three sisters do.", **flags):
     flags = {
         "model_name_or_path": saved["sft"],
         "reward_model_name_or_path": saved["reward"],
@@ -193,7 +57,7 @@ def make_trainer(saved, folder, prompts=16, **flags):
         model=policy,
         args=args,
         reward_model=load_reward(script_args.reward_model_name_or_path, tokenizer, model_args, policy),
-        train_dataset=Dataset.from_list([row(i) for i in range(prompts)]),
+        train_dataset=Dataset.from_list([row(i) | {"reference": reference} for i in range(prompts)]),
         eval_dataset={"held": Dataset.from_list([row(i) for i in range(100, 108)])},
         processing_class=tokenizer,
     )
@@ -260,6 +124,199 @@ def test_the_policy_learns_what_is_rewarded(saved, tmp_path, monkeypatch):
     trainer.train()
     scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
     assert 0.4 < scores[0] < 0.6 and scores[-1] > 0.7, scores
+
+
+def test_gradients_are_those_of_four_models_of_their_own(saved, tmp_path, subtests):
+    """Policy, reference, reward and value as separately loaded full copies, PEFT's own LoRA, a row at a time."""
+    for value_adapter in (False, True):
+        for checkpointing in (False, True):
+            with subtests.test(value_adapter=value_adapter, checkpointing=checkpointing):
+                trainer = make_trainer(saved, tmp_path, **({"value_adapter": True} if value_adapter else {}))
+                assert "reward" in trainer.model.policy.peft_config  # all on one base
+                if checkpointing:
+                    trainer.model.gradient_checkpointing_enable()
+                rows = [trainer.train_dataset[i] for i in range(8)]
+                trainer._rollout = batch = trainer.rollout(rows, update=0)
+                trainer.model.train()
+                trainer.compute_loss(trainer.model, trainer.micro_batch(0, 0)).backward()
+                expected = gradients_of_four_models(saved, trainer, batch, value_adapter)
+                ours = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+                assert ours.keys() == expected.keys() and all(g.any() for g in expected.values())
+                for name, gradient in expected.items():
+                    torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def gradients_of_four_models(saved, trainer, batch, value_adapter) -> dict:
+    ppo = trainer.ppo
+    policy = AutoPeftModelForCausalLM.from_pretrained(saved["sft"], is_trainable=True)
+    reference = AutoPeftModelForCausalLM.from_pretrained(saved["sft"])
+    reward = load_reward_model(saved["reward"])
+    critic = AutoPeftModelForSequenceClassification.from_pretrained(saved["reward"], num_labels=1, is_trainable=True)
+    policy.eval(), critic.eval()  # without dropout
+    head = reward.get_base_model().score.weight.detach().clone().requires_grad_()
+
+    def read(model, ids):
+        logprobs = (model(input_ids=ids).logits[0, :-1] / ppo.temperature).log_softmax(-1)
+        return logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+
+    parts, scores = [], []
+    for prompt, answer in zip(batch["prompts"], batch["answers"], strict=True):
+        ids, start = torch.tensor([prompt + answer]), len(prompt) - 1
+        trunk = critic if value_adapter else policy
+        values = (trunk(input_ids=ids, output_hidden_states=True).hidden_states[-1][0] @ head.T)[:, 0]
+        with torch.no_grad():
+            ref_logprobs = read(reference, ids)[start:]
+            scores.append(reward(input_ids=ids).logits[0, 0])
+        parts.append((read(policy, ids)[start:], ref_logprobs, values[start:-1], torch.ones(len(answer))))
+    logprobs, ref_logprobs, values, mask = (pad_sequence(p, batch_first=True) for p in zip(*parts, strict=True))
+    torch.testing.assert_close(batch["logprobs"], logprobs.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(batch["values"], values.detach(), atol=1e-5, rtol=1e-4)
+    rewards = token_rewards(
+        torch.stack(scores), kl_per_token(logprobs.detach(), ref_logprobs, "k1"), mask, ppo.kl_coef
+    )
+    advantages, returns = advantages_and_returns(rewards, values.detach(), mask, ppo.gamma, ppo.lam)
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = -whiten(advantages, mask) * ratio + ppo.vf_coef * 0.5 * (values - returns) ** 2
+    ((loss * mask).sum() / mask.sum()).backward()
+    gradients = {f"policy.{name}": p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    if value_adapter:
+        for name, parameter in critic.named_parameters():
+            if "lora_" in name:
+                gradients[f"policy.{name}".replace(".default.", ".value.")] = parameter.grad
+    return gradients | {"value_head.weight": head.grad}
+
+
+def test_a_reward_adapter_on_the_policys_base_scores_as_on_its_own(saved, tmp_path):
+    trainer = make_trainer(saved, tmp_path)
+    rows = [[5, 6, 0], [7, 8, 9, 10, 0], [11, 0]]
+    alone = load_reward(saved["reward"], trainer.processing_class)
+    torch.testing.assert_close(trainer.reward.score_tokens(rows), alone.score_tokens(rows))
+    assert trainer.reward.adapter == "reward" and alone.adapter is None
+    before = trained_state(trainer)
+    assert not any(".reward." in name or ".ref." in name for name in before)
+    trainer.train()
+    torch.testing.assert_close(trainer.reward.score_tokens(rows), alone.score_tokens(rows))
+
+
+def test_full_training_and_a_critic_of_its_own_are_saved_and_resumed(saved, tmp_path):
+    for name, flags in (("full", {"use_peft": False}), ("critic", {"value_adapter": True})):
+        flags |= {"max_steps": 2, "save_steps": 1, "adaptive_kl_target": 0.1, "adaptive_kl_horizon": 20}
+        flags |= {"model_name_or_path": merged(saved["sft"], tmp_path / "sft")} if name == "full" else {}
+        whole = make_trainer(saved, tmp_path / name, **flags)
+        whole.train()
+        again = make_trainer(saved, tmp_path / f"{name}_again", **flags)
+        again.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-4"))
+        state = trained_state(whole)
+        assert all(torch.equal(value, trained_state(again)[key]) for key, value in state.items())
+        assert whole.kl_coef == again.kl_coef != whole.ppo.kl_coef
+        assert any(".value." in key for key in state) == (name == "critic")
+
+
+def merged(adapter, folder) -> str:
+    if not folder.exists():
+        merge_peft_adapter.main(
+            merge_peft_adapter.make_parser().parse_args(
+                ["--adapter_model_name", adapter, "--output_name", str(folder)]
+            )
+        )
+    return str(folder)
+
+
+def test_the_critic_alone_is_trained_while_it_warms_up(saved, tmp_path):
+    trainer = make_trainer(saved, tmp_path, max_steps=1, value_warmup_updates=1, value_learning_rate=0.1)
+    before = trained_state(trainer)
+    trainer.train()
+    moved = {name for name, value in trained_state(trainer).items() if not torch.equal(value, before[name])}
+    assert moved == {"value_head.weight"}
+    rates = {len(group["params"]): group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
+    assert rates == {len(before) - 1: 1e-3, 1: 0.1}
+
+
+def test_an_update_stops_where_the_policy_has_moved_too_far(saved, tmp_path):
+    """With a bound that every step breaks only the first mini-batch, where nothing has moved, makes a step."""
+    flags = {"num_mini_batches": 4, "num_ppo_epochs": 3, "max_steps": 1}
+    trainer = make_trainer(saved, tmp_path, target_kl=1e-12, **flags)
+    trainer.train()
+    steps = trainer.optimizer.state[trainer.model.value_head.weight]["step"]
+    assert steps == 1 and trainer.state.global_step == 12
+    assert trainer.state.log_history[0]["policy/approxkl_avg"] > 0
+
+
+def test_entropy_is_rewarded_where_asked(saved, tmp_path):
+    entropies = []
+    for coef in (0.0, 1.0):
+        trainer = make_trainer(saved, tmp_path, entropy_coef=coef, max_steps=8, learning_rate=1e-2)
+        trainer.train()
+        entropies.append(trainer.state.log_history[-2]["policy/entropy_avg"])
+    assert entropies[1] > entropies[0] + 0.05, entropies
+
+
+def test_scores_are_scaled_clipped_and_compared_with_the_datas_answers(saved, tmp_path):
+    rows = [row(i) for i in range(3)]
+    sampled = {"prompts": [r["prompt_ids"] for r in rows], "answers": [[60, 0], [61, 62, 0], [63]]}
+    sampled["ended"] = torch.tensor([True, True, False])
+    plain = make_trainer(saved, tmp_path).scores(rows, sampled)
+    mean, std = (getattr(make_trainer(saved, tmp_path).reward, name) for name in ("mean", "std"))
+    scaled = make_trainer(saved, tmp_path, use_score_norm=True).scores(rows, sampled)
+    torch.testing.assert_close(scaled, (plain - mean) / std)
+    clip = scaled.abs().min().item() / 2
+    clipped = make_trainer(saved, tmp_path, use_score_norm=True, score_clip=clip).scores(rows, sampled)
+    torch.testing.assert_close(clipped, scaled.sign() * clip)
+    trainer = make_trainer(saved, tmp_path, subtract_reference_score=True)
+    theirs = trainer.reward([r["prompt"] for r in rows], [r["reference"] for r in rows], [True] * 3)
+    torch.testing.assert_close(trainer.scores(rows, sampled), plain - theirs)
+
+
+SHORT = """
+def short(prompts, completions, reference, **columns):
+    assert prompts[0][-1]["role"] == "user" and reference[0]
+    return [-float(len(completion[0]["content"])) for completion in completions]
+"""
+
+
+def test_a_function_that_prefers_short_answers_shortens_them(saved, tmp_path):
+    (tmp_path / "rewards.py").write_text(SHORT)
+    trainer = make_trainer(
+        saved,
+        tmp_path / "run",
+        prompts=64,
+        reward_model_name_or_path=f"{tmp_path}/rewards.py:short",
+        **{"max_steps": 25, "per_device_train_batch_size": 64, "learning_rate": 1e-2, "kl_coef": 0.0},
+        stop_token_id=60,
+        temperature=1.0,
+    )
+    trainer.train()
+    lengths = [entry["val/mean_length"] for entry in trainer.state.log_history if "val/mean_length" in entry]
+    assert lengths[-1] < 0.7 * lengths[0], lengths
+
+
+def test_held_out_answers_start_level_with_the_starting_policy(saved, tmp_path):
+    flags = {"eval_strategy": "steps", "num_sample_generations": 2, "max_steps": 3, "eval_on_start": True}
+    trainer = make_trainer(saved, tmp_path, **flags)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_held_scores" in entry]
+    assert [entry["step"] for entry in logged] == [0, 8, 12]  # half-way, rounded up, and the end; 4 steps an update
+    assert logged[0]["eval_held_win_rate"] == 0.5 and abs(logged[0]["eval_held_kl"]) < 1e-4
+    assert logged[-1]["eval_held_kl"] != logged[0]["eval_held_kl"]
+    samples = [json.loads(line) for line in (tmp_path / "samples" / "update_000003.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    wins = [(s["score"] > s["starting_score"]) + 0.5 * (s["score"] == s["starting_score"]) for s in samples]
+    assert sum(wins) / 8 == logged[-1]["eval_held_win_rate"]
+
+
+def test_a_policy_that_says_nothing_is_refused(saved, tmp_path):
+    trainer = make_trainer(saved, tmp_path)
+    trainer.stop_ids = set(range(400))
+    with pytest.raises(UserError, match="ends every answer of the first batch at once"):
+        trainer.train()
+
+
+def test_what_a_run_needs_is_checked_before_it_starts(saved, tmp_path):
+    with pytest.raises(UserError, match="no score_statistics.json"):
+        (tmp_path / "rewards.py").write_text(SHORT)
+        make_trainer(saved, tmp_path, reward_model_name_or_path=f"{tmp_path}/rewards.py:short", use_score_norm=True)
+    with pytest.raises(UserError, match="not all prompts come with an answer"):
+        make_trainer(saved, tmp_path, subtract_reference_score=True, reference="")
 
 
 def test_a_prompt_set_smaller_than_a_batch_is_refused(saved, tmp_path):
