@@ -372,6 +372,17 @@ def test_a_reward_model_whose_score_is_no_number_is_refused():
         )
 
 
+def test_an_answer_whose_end_a_judge_cuts_off_has_no_score():
+    cutting = SimpleNamespace(
+        tokenizer=SimpleNamespace(eos_token_id=0),
+        encode=lambda prompt, text, ended: [*range(1, len(text) + 1), *[0] * ended][:4],
+        score_tokens=lambda rows: torch.tensor([float(len(row)) for row in rows]),
+    )
+    prompts = [[{"role": "user", "content": "?"}]] * 3
+    answers = [Answer([], "abc", True), Answer([], "abcdef", True), Answer([], "abcdef", False)]
+    assert evaluation_answers.judge(cutting, "cutting", prompts, answers, {}, 2) == [4, None, 4]
+
+
 def test_answers_are_drawn_by_seed_prompt_and_sample_alone():
     noise = evaluation_answers.noise_for
     assert torch.equal(noise(1, "ab", 0, 5), noise(1, "ab", 0, 9)[:5])
