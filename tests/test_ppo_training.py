@@ -1,0 +1,47 @@
+"""What ppo_training.py refuses before it trains: `pytest tests/test_ppo_training.py`."""
+
+from pathlib import Path
+
+from tests.conftest import run_script
+from user_error import UserError
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+RAISES = """
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reward_model_name_or_path": "SFT"}, "has no trained `score` head: it is not a reward model"),
+        ({"reward_model_name_or_path": "TWO_LABELS"}, "has 2 labels: a reward model has one"),
+        ({"reward_model_name_or_path": ""}, "--reward_model_name_or_path is missing"),
+        ({"reward_model_name_or_path": "NAN"}, r"returned nan\n  prompt: .*\n  answer: "),
+        ({"response_length": 125}, "--response_length 125 leaves no room for a prompt"),
+        ({"per_device_train_batch_size": 64}, "prompts are fewer than one batch of 64"),
+        ({"num_mini_batches": 3}, "--num_mini_batches 3 does not divide a process's batch of 4"),
+        ({"value_adapter": True, "use_peft": False, "model_name_or_path": "BASE"}, "--value_adapter needs a LoRA"),
+        ({"stop_token": "eot"}, "invalid choice: 'eot'"),
+        ({"use_score_norm": True, "reward_model_name_or_path": "NAN"}, "no score_statistics.json"),
+    ],
+)
+def test_a_mistake_ends_a_run_before_training(saved, base, data, tmp_path, flags, message):
+    (tmp_path / "rewards.py").write_text(RAISES)
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(tmp_path / "two")
+    for file in Path(base).glob("*token*"):
+        (tmp_path / "two" / file.name).write_bytes(file.read_bytes())
+    paths = {"SFT": saved["sft"], "BASE": base, "TWO_LABELS": tmp_path / "two", "NAN": f"{tmp_path}/rewards.py:nan"}
+    flags = {key: paths.get(value, value) for key, value in flags.items()}
+    defaults = {"model_name_or_path": saved["sft"], "reward_model_name_or_path": saved["reward"], "response_length": 8}
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=message):
+        run_script(
+            "ppo_training",
+            **{"dataset_names": data, "output_dir": output, "eval_on_start": False},
+            **(defaults | flags),
+        )
+    assert not list(output.glob("**/*.safetensors")) and not (output / "run.json").exists()
