@@ -262,6 +262,16 @@ def test_answers_too_long_for_the_judge_are_left_out_and_said(base, tmp_path, ca
     assert "of the data's answers judge could read 6 to their end" in capsys.readouterr().out
 
 
+def test_prompts_without_answers_are_evaluated_without_them(base, judges, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "Where is {i}?"}}\n' for i in range(6)))
+    flags = {"baseline": base, "reward_model_name_or_path": f"{judges}:letters", "temperature": 0}
+    names = {"model_name_or_path": base, "eval_dataset_names": tmp_path / "prompts.jsonl"}
+    report, samples = evaluate(tmp_path / "report", **flags, **names)
+    assert list(next(iter(report["groups"].values()))) == ["base"] and len(samples) == 6
+    printed = capsys.readouterr().out
+    assert "ROUGE" not in printed and "against data" not in printed and "KL along greedy answers" in printed
+
+
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory):
     """Four replies to each of ten prompts: longer is better, but for two that are tied."""
