@@ -48,22 +48,12 @@ def parameters_of(model, adapter: str) -> dict:
     return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}."}
 
 
-def _add(model, config, name: str) -> None:
-    """A new adapter, frozen; PEFT freezes and thaws others on the way."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.add_adapter(name, config)
-    for parameter in parameters_of(model, name).values():
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-
-
 def copy_adapter(model, source: str, name: str) -> None:
     """Add a frozen copy of an adapter."""
-    _add(model, model.peft_config[source], name)
+    model.add_adapter(name, model.peft_config[source])
     copies = parameters_of(model, name)
     for key, parameter in parameters_of(model, source).items():
-        copies[key.replace(f".{source}", f".{name}")].data.copy_(parameter.data)
+        copies[key.replace(f".{source}", f".{name}")].requires_grad_(False).copy_(parameter.data)
 
 
 def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
@@ -75,7 +65,9 @@ def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
     with explain_load(folder):
         config = LoraConfig.from_pretrained(folder)
         config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
-        _add(model, config, name)
+        model.add_adapter(name, config)
+        for parameter in parameters_of(model, name).values():
+            parameter.requires_grad_(False)
         weights = {key: value for key, value in load_peft_weights(folder, device="cpu").items() if ".lora_" in key}
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     lost = [key for key in loaded.missing_keys if f".{name}." in key] + list(loaded.unexpected_keys)
