@@ -16,13 +16,14 @@ from modeling import resolve_adapters
 from user_error import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+TRACES = ("training_log.jsonl", "training_log.jsonl.tmp", "learning_curves.png", "samples", "runs")
 
 
 def find_resume(training_args, overwrite: bool) -> str | None:
     """The checkpoint to continue from, or None to start anew.
 
-    An interrupted run (checkpoints, no final `run.json`) is continued by itself. `--resume_from_checkpoint` names a
-    checkpoint, or `true` for the last one.
+    An interrupted run (checkpoints, no final `run.json`) is continued by itself; one that was killed before its first
+    checkpoint starts anew. `--resume_from_checkpoint` names a checkpoint, or `true` for the last one.
 
     Raises:
         UserError: if the folder holds something else and `--overwrite_output_dir` was not given.
@@ -38,7 +39,7 @@ def find_resume(training_args, overwrite: bool) -> str | None:
         if last is None:
             print(f"no complete checkpoint in {folder} yet: starting from step 0")
         checkpoint = last
-    elif overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    elif overwrite or not folder.is_dir() or all(is_trace(path) for path in folder.iterdir()):
         checkpoint = None
     elif last is not None and not (folder / "run.json").exists():
         print(f"{folder} holds an interrupted run: continuing from {Path(last).name}")
@@ -52,9 +53,22 @@ def find_resume(training_args, overwrite: bool) -> str | None:
     return checkpoint
 
 
+def is_trace(path: Path) -> bool:
+    """Whether this is all that a run leaves which is killed before its first checkpoint is complete."""
+    return path.name in TRACES or path.name.startswith("checkpoint-") and not has_state(path)
+
+
+def has_state(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())  # written last
+    except (OSError, ValueError):  # or not to its end
+        return False
+    return True
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether training can continue from it exactly: transformers would resume without an optimizer state, wrongly."""
-    if not (checkpoint / "trainer_state.json").exists():  # written last
+    if not has_state(checkpoint):
         return False
     sharded = (checkpoint / "latest").exists() or list(checkpoint.glob("optimizer_*"))  # DeepSpeed, FSDP
     single = all((checkpoint / name).exists() for name in ("optimizer.pt", "scheduler.pt"))
@@ -80,7 +94,7 @@ def model_card(name: str, run: dict, dataset_names: str) -> str:
     """A README.md for the folder: what the hub shows of it."""
     metrics = "\n".join(
         f"| {key} | {run['metrics']['first'][key]:.4g} | {value:.4g} |"
-        for key, value in run["metrics"]["last"].items()
+        for key, value in sorted(run["metrics"]["last"].items())  # a resumed run has them in another order
         if key.startswith("eval_") and isinstance(value, float) and not key.endswith(("runtime", "per_second"))
     )
     return f"""---
@@ -135,11 +149,11 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         "saved_checkpoint": trainer.state.best_model_checkpoint if training_args.load_best_model_at_end else None,
         "versions": {package: version(package) for package in PACKAGES},
     }
+    (folder / "README.md").write_text(model_card(folder.name, run, script_args.dataset_names))
     path = folder / "run.json"
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(run, indent=2, default=str) + "\n")
-    unfinished.replace(path)
-    (folder / "README.md").write_text(model_card(folder.name, run, script_args.dataset_names))
+    unfinished.replace(path)  # last: the run is complete
     shown = ("loss", "accuracy", "margins", "rouge_avg")
     for key in (key for key in first if key.startswith("eval_") and key.endswith(shown)):
         print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}")

@@ -21,8 +21,12 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             self.path = Path(args.output_dir) / "training_log.jsonl"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [e for e in read_log(self.path) if e["step"] <= state.global_step] if state.global_step else []
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            log = read_log(self.path) if state.global_step else []
+            # without the summary of a run that was killed after its last step: it comes again
+            kept = [entry for entry in log if entry["step"] <= state.global_step and "train_runtime" not in entry]
+            unfinished = self.path.with_suffix(".jsonl.tmp")
+            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            unfinished.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and hasattr(self, "path"):
@@ -38,7 +42,9 @@ class RunLog(TrainerCallback):
 
 
 def read_log(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    """The entries of a training_log.jsonl, but for a last line that was not written to its end."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Progress(TrainerCallback):

@@ -2,7 +2,7 @@
 
 import json
 
-from run_log import draw_curves, is_held_out
+from run_log import draw_curves, is_held_out, read_log
 
 
 def test_a_held_out_metric_belongs_to_the_longest_name_that_fits():
@@ -20,3 +20,9 @@ def test_curves_are_drawn_of_whatever_a_log_has(tmp_path):
     log.write_text("")
     draw_curves(log, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_line_that_was_not_written_to_its_end_is_no_entry(tmp_path):
+    """Or a run that was killed while it logged could not be continued."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 2.0}]

@@ -138,8 +138,20 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
     for step, files in ((10, whole), (9, ()), (20, ())):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for file in files:
-            (tmp_path / f"checkpoint-{step}" / file).touch()
+            (tmp_path / f"checkpoint-{step}" / file).write_text("{}")
     assert find_resume(Arguments(tmp_path), overwrite=False).endswith("checkpoint-10")
     (tmp_path / "checkpoint-10" / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match="not empty"):
+        find_resume(Arguments(tmp_path), overwrite=False)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    """Or the same command would refuse the folder, and a user would have to delete it by hand."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
+    for name in ("training_log.jsonl", "checkpoint-9/optimizer.pt", "checkpoint-9/trainer_state.json"):
+        (tmp_path / name).touch()  # the last one was opened, and not yet written
+    assert find_resume(Arguments(tmp_path), overwrite=False) is None
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not empty"):
         find_resume(Arguments(tmp_path), overwrite=False)
