@@ -11,7 +11,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# minutes: merges killed at random moments, full disks
+# minutes: merges and PPO runs killed at random moments, full disks
 test-slow: .venv/ready
 	$(BIN)/python -m pytest tests/slow
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ppo_algorithm import kl_per_token
 
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -20,12 +21,13 @@ def evaluate(trainer, datasets: dict, prefix: str) -> tuple[dict, list[dict]]:
     """The policy's answers to held-out prompts, against the starting policy's with the same noise.
 
     Returns:
-        `<prefix>_<dataset>_scores`, `_kl`, `_mean_length`, `_eos_rate`, `_win_rate`; and this process's samples.
+        `<prefix>_<dataset>_scores`, `_kl`, `_mean_length`, `_eos_rate`, `_win_rate`; and the samples of all processes.
     """
     args, metrics, samples = trainer.args, {}, []
     for name, dataset in datasets.items():
         dataset = dataset.select(range(min(len(dataset), trainer.ppo.max_eval_prompts)))
-        mine = list(range(args.process_index, len(dataset), args.world_size))
+        own = list(range(args.process_index, len(dataset), args.world_size))
+        mine = own or [0]  # fewer prompts than processes: answered, and not counted
         rows, noise = [dataset[i] for i in mine], trainer.noise((1,), len(dataset))[mine]
         if name not in trainer.starting_answers:
             started = trainer.sample(rows, noise, reference=True)
@@ -42,15 +44,16 @@ def evaluate(trainer, datasets: dict, prefix: str) -> tuple[dict, list[dict]]:
             "eos_rate": sampled["ended"],
             "win_rate": compare(scores, starting_scores),
         }
+        means = {key: value[: len(own)] for key, value in means.items()}
         for key, value in trainer.mean(means, len(dataset)).items():
             metrics[f"{prefix}_{name}_{key}"] = value
         texts, decode = trainer.texts(sampled), trainer.processing_class.decode
-        for row, answer, score, *start in zip(
-            rows, texts, scores.tolist(), starting_texts, starting_scores.tolist(), strict=True
+        for i, row, answer, score, *start in zip(
+            own, rows, texts, scores.tolist(), starting_texts, starting_scores.tolist(), strict=False
         ):
             sample = {"dataset": name, "prompt": decode(row["prompt_ids"]), "answer": answer, "score": score}
-            samples.append({**sample, "starting_answer": start[0], "starting_score": start[1]})
-    return metrics, samples
+            samples.append((len(metrics), i, {**sample, "starting_answer": start[0], "starting_score": start[1]}))
+    return metrics, [sample for *_, sample in sorted(gather_object(samples), key=lambda sample: sample[:2])]
 
 
 def show_samples(samples: list[dict], update: int, output_dir: str, shown: int = 2) -> None:

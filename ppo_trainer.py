@@ -115,6 +115,8 @@ class PPOTrainer(Trainer):
                 steps = -int(-steps * self.num_updates // 1) if steps < 1 else int(steps)
                 setattr(args, name, steps * self.steps_per_update)
         args.remove_unused_columns = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # each trained parameter has a gradient at each step
         super().__init__(
             model=PolicyAndValue(model, self.adapter, args.value_adapter, head),
             args=args,

@@ -1,11 +1,11 @@
-"""The demo's gold score after PPO here and after TRL 1.12.0's, from the same SFT and reward model with the same budget.
+"""The demo's gold score after PPO here and after TRL 1.12.0's, from the same models and with the same budget.
 
     python examples/demo.py --seed 0                     # leaves saved/demo_0; and so on
     python benchmarks/ppo_quality.py --seeds 0 1 2       # the Python with TRL 1.12.0 is made by `make bench-ppo`
 
-TRL's trainer gets the merged SFT model with a new LoRA of the same rank, and the merged reward model, as which its critic
-starts too, with a LoRA of its own; prompts, episodes, batch, learning rate and the rest are the demo's. Gold is the
-score that no stage sees, of answers to held-out prompts sampled with the same noise.
+TRL's trainer gets the merged SFT model with a new LoRA of the same rank, and the merged reward model, as which its
+critic starts too, with a LoRA of its own; prompts, episodes, batch, learning rate and the rest are the demo's. Gold is
+the score that no stage sees, of answers to held-out prompts sampled with the same noise.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(args):
         rows, _, _ = load_datasets(f"demo@{seed}", "prompt", seed=seed)
         tokenizer = load_tokenizer(f"{demo}/sft")
         prompts, _ = tokenize(rows, encode=encode_prompt, tokenizer=tokenizer, name="train", max_prompt_length=128)
-        (folder / "prompts.json").write_text(json.dumps(prompts["prompt_ids"]))
+        (folder / "prompts.json").write_text(json.dumps(list(prompts["prompt_ids"])))
         command = [args.trl_python, __file__, "--train_trl", str(folder), "--seeds", str(seed)]
         subprocess.run(command, check=True, capture_output=True)
         models = f"{demo}/sft", f"{demo}/ppo", folder / "trl"
