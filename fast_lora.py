@@ -54,13 +54,13 @@ def forward(self, x, *args, **kwargs):
 
 
 def use_fast_lora(model) -> None:
-    """Speed up a PeftModel's plain LoRA layers on a float32 base on a CPU; leave all others to PEFT."""
+    """Speed up a PeftModel's plain LoRA layers on a float32 base; leave all others to PEFT. Not for autocast."""
     for layer in (module for module in model.modules() if type(module) is LoraLinear):
         base = layer.base_layer
         plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype == torch.float32
         dropout = any(isinstance(drop, nn.Dropout) and drop.p for drop in layer.lora_dropout.values())
         biases = any(part.bias is not None for part in layer.lora_B.values())
-        if plain and base.weight.device.type == "cpu" and not (dropout or biases or layer.lora_variant):
+        if plain and not (dropout or biases or layer.lora_variant):
             layer.forward = MethodType(forward, layer)
             if isinstance(base, Conv1D):  # laid out as nn.Linear's: a few rows times it are read a third faster
                 base.weight.data = base.weight.data.T.contiguous().T

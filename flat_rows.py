@@ -35,14 +35,13 @@ AttentionMaskInterface.register(FLAT, sdpa_mask)
 
 
 def use_flat_rows(model) -> None:
-    """Have a model on a CPU read rows without padding, where it computes the same so; and a faster tanh-gelu."""
+    """Have a model read rows without padding, where it computes the same so; and a faster tanh-gelu."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # six kernels; the same function is one in torch
                 setattr(module, name, nn.GELU(approximate="tanh"))
     if (
-        model.device.type == "cpu"
-        and model.config._attn_implementation == "sdpa"
+        model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend  # or attention is not the function that is registered here
         and not getattr(model.config, "alibi", False)
     ):

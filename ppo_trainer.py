@@ -127,7 +127,7 @@ class PPOTrainer(Trainer):
             callbacks=[LastEvaluation(), *(callbacks or [])],
             **kwargs,
         )
-        for other in (self.reference_model, getattr(self.reward, "model", None)):
+        for other in (self.reference_model, *(getattr(self.reward, name, None) for name in ("model", "head"))):
             if other is not None:
                 other.to(self.args.device)
         self.kl_coef = args.kl_coef
@@ -154,8 +154,9 @@ class PPOTrainer(Trainer):
             for module in other.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # or the ratio would not be 1 before the first step
-            use_flat_rows(other)
-            use_fast_lora(other)
+            if args.device.type == "cpu" and not (args.bf16 or args.fp16):
+                use_flat_rows(other)
+                use_fast_lora(other)
 
     def _check_trunk(self):
         """Logits are made from the trunk's last state and the head alone; refuse a model that does more than that."""
