@@ -33,6 +33,9 @@ RENAMED = {
     "max_seq_length": "--max_length",
     "kl_coeff": "--kl_coef",
     "max_new_tokens": "--response_length",
+    "sft_model_path": "--model_name_or_path",
+    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
+    "mini_batch_size": "that batch divided by --num_mini_batches",
     "rng_seed": "--seed",
     "train_file": "--dataset_names path/to/file.jsonl",
 }

@@ -139,6 +139,14 @@ class PPOTrainer(Trainer):
     def prepare_models(self, model, args):
         """Dropout off, the reference policy and the critic's adapter on the policy's base, rows without padding."""
         self.reference_model, self.reference_adapter = None, args.ref_adapter_name
+        known = model.peft_config if isinstance(model, PeftModel) else {}
+        for flag in ("model_adapter_name", "ref_adapter_name"):
+            if (name := getattr(args, flag)) and name not in known:
+                raise UserError(f"--{flag} {name}: the policy has {' and '.join(known) or 'no adapters'}")
+        if known and model.active_adapters != [self.adapter]:
+            raise UserError(
+                f"the policy's active adapter is {model.active_adapters}, not {self.adapter}: set_adapter()"
+            )
         if not isinstance(model, PeftModel):
             if args.value_adapter:
                 raise UserError("--value_adapter needs a LoRA policy: leave out --no_use_peft")

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import math
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -93,18 +94,8 @@ class RewardFunction:
         Raises:
             UserError: naming prompt and answer, if the function raises or returns anything but finite numbers.
         """
-        answers, columns = [[{"role": "assistant", "content": text}] for text in completions], columns or {}
-        try:
-            scores = self.call(prompts, answers, columns)
-        except Exception as error:  # of the user's own code: find the row that it fails on
-            for i in range(len(prompts)):
-                try:
-                    self.call(prompts[i : i + 1], answers[i : i + 1], {k: v[i : i + 1] for k, v in columns.items()})
-                except Exception as reason:
-                    raise self.complain(
-                        f"raised {type(reason).__name__}: {reason}", prompts[i], completions[i]
-                    ) from reason
-            raise UserError(f"the reward function {self.name} raised {type(error).__name__}: {error}") from error
+        answers = [[{"role": "assistant", "content": text}] for text in completions]
+        scores = self.call(prompts, answers, columns or {})
         if len(scores) != len(prompts):
             raise UserError(f"the reward function {self.name} gave {len(scores)} scores for {len(prompts)} answers")
         for prompt, text, value in zip(prompts, completions, scores, strict=True):
@@ -113,7 +104,17 @@ class RewardFunction:
         return torch.tensor(scores, dtype=torch.float32)
 
     def call(self, prompts, completions, columns) -> list:
-        scores = self.function(prompts=prompts, completions=completions, **columns)
+        try:
+            scores = self.function(prompts=prompts, completions=completions, **columns)
+        except Exception as error:  # the user's own code may raise anything: say where, and for which answer
+            for i in range(len(prompts) if len(prompts) > 1 else 0):
+                one = slice(i, i + 1)
+                self.call(prompts[one], completions[one], {key: values[one] for key, values in columns.items()})
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"raised {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+            if len(prompts) > 1:
+                raise UserError(f"the reward function {self.name} {what}, but for no answer alone") from error
+            raise self.complain(what, prompts[0], completions[0][0]["content"]) from error
         return [value.item() if hasattr(value, "item") else value for value in scores]
 
     def complain(self, what: str, prompt, text: str) -> UserError:

@@ -4,6 +4,7 @@ PEFT's own `set_adapter()` and `disable_adapter()` also switch `requires_grad` o
 critic that is trained beside the policy would get no gradients, without an error.
 """
 
+import re
 from contextlib import contextmanager, nullcontext
 
 from adapters import explain_load
@@ -45,7 +46,9 @@ def recompute_with_same_adapter(model):
 
 
 def parameters_of(model, adapter: str) -> dict:
-    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in f"{name}."}
+    """An adapter's own parameters by name; a model may have layers called `value` or `reward` too."""
+    own = re.compile(rf"(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{re.escape(adapter)}(\.|$)")
+    return {name: parameter for name, parameter in model.named_parameters() if own.search(name)}
 
 
 def copy_adapter(model, source: str, name: str) -> None:

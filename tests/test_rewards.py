@@ -90,7 +90,10 @@ def few(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"raised ZeroDivisionError: .*\n  prompt: 'Who mends net 1\?'\n  answer: 'Nobody'"),
+        (
+            "raises",
+            r"raised ZeroDivisionError: .* \(rewards.py:4\)\n  prompt: 'Who mends net 1\?'\n  answer: 'Nobody'",
+        ),
         ("nan", r"returned nan\n  prompt: 'Who mends net 2\?'\n  answer: 'They sing while they work.'"),
         ("none", r"returned None\n  prompt: 'Who mends net 0\?'"),
         ("few", "gave 1 scores for 3 answers"),
