@@ -209,7 +209,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(base, data, tmp_path, st
 def test_ctrl_c_says_what_there_is(base, data, tmp_path):
     command = [sys.executable, ROOT / "evaluate_model.py", f"--model_name_or_path={base}", f"--output_dir={tmp_path}"]
     command += [f"--eval_dataset_names={data}", "--per_device_eval_batch_size=1", "--response_length=100"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored
+    )
     deadline = time.time() + 120
     while not any(path.stat().st_size for path in tmp_path.glob("answers/*")) and time.time() < deadline:
         time.sleep(0.05)
