@@ -12,7 +12,7 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from fast_lora import use_fast_lora
+from fast_linear import use_fast_linear
 from flat_rows import use_flat_rows
 from policy_and_value import PolicyAndValue
 from ppo_algorithm import (
@@ -164,7 +164,7 @@ class PPOTrainer(Trainer):
                     module.p = 0.0  # or the ratio would not be 1 before the first step
             if args.device.type == "cpu" and not (args.bf16 or args.fp16):
                 use_flat_rows(other)
-                use_fast_lora(other)
+                use_fast_linear(other)
 
     def _check_trunk(self):
         """Logits are made from the trunk's last state and the head alone; refuse a model that does more than that."""

@@ -5,6 +5,7 @@ Prompts and answers are lists of token ids. Rows go through a model end to end w
 on the neighbours in a batch.
 """
 
+from fast_linear import FrozenLinear
 from flat_rows import flat_inputs, is_flat
 
 import torch
@@ -63,11 +64,8 @@ def logits_of(policy, states, temperature: float):
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return head(states).float() / temperature
     states = states / temperature  # the same, of far fewer numbers
-    if states.device.type == "cpu" and len(states) * 8 < len(head.weight) and not torch.is_grad_enabled():
-        return (
-            (head.weight @ states.T).T.contiguous().float()
-        )  # a few rows times a large vocabulary is faster this way round
-    return head(states).float()
+    fast = getattr(head, "packed_weight", None)
+    return head(states).float() if fast is None else FrozenLinear.apply(states, head.weight, fast)
 
 
 def answer_states(model, prompts, answers, pad_id: int) -> torch.Tensor:
@@ -117,7 +115,8 @@ class ChosenLogprobs(torch.autograd.Function):
         probabilities = logits.softmax(-1)
         logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).clamp(min=TINY).log()
         total = logits.gather(-1, tokens[:, None]).squeeze(-1) - logprobs  # logsumexp
-        entropy = total - torch.linalg.vecdot(probabilities, logits)
+        few = zip(probabilities.split(16), logits.split(16), strict=True)  # rows whose products stay in the cache
+        entropy = total - torch.cat([torch.linalg.vecdot(*rows) for rows in few])
         ctx.save_for_backward(probabilities, tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

@@ -47,8 +47,8 @@ def train_trl(folder: Path, seed: int) -> None:
     trainer.model.policy.save_pretrained(folder / "trl")
 
 
-def gold(model, seed: int, count: int) -> float:
-    """Mean gold score of a model's answers to held-out prompts of the demo's world."""
+def gold(model, seed: int, samples: int) -> float:
+    """Mean gold score of a model's answers, `samples` to each of the held-out prompts of the demo's world."""
     from modeling import load_frozen_policy, load_tokenizer
     from rendering import token_ids
     from rollout import generate
@@ -58,13 +58,16 @@ def gold(model, seed: int, count: int) -> float:
 
     tokenizer = load_tokenizer(f"saved/demo_{seed}/sft")
     policy = load_frozen_policy(str(model), tokenizer)
-    questions = [row["prompt"] for _, row in zip(range(count), demo_world.rows("test", seed), strict=False)]
+    questions = [row["prompt"] for row in demo_world.rows("test", seed)] * samples
     ids = [token_ids(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True) for q in questions]
-    noise = torch.rand(count, 48, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(len(ids), 48, generator=torch.Generator().manual_seed(seed))
     options = {"stop_ids": {tokenizer.eos_token_id}, "pad_id": tokenizer.pad_token_id, "temperature": 1.0}
-    answers, _, _ = generate(policy, ids, noise, **options)
-    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    return sum(demo_world.gold_score(q, a) for q, a in zip(questions, texts, strict=True)) / count
+    scores = []
+    for i in range(0, len(ids), 256):
+        answers, _, _ = generate(policy, ids[i : i + 256], noise[i : i + 256], **options)
+        texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        scores += map(demo_world.gold_score, questions[i : i + 256], texts)
+    return sum(scores) / len(scores)
 
 
 def main(args):
@@ -89,13 +92,13 @@ def main(args):
         command = [args.trl_python, __file__, "--train_trl", str(folder), "--seeds", str(seed)]
         subprocess.run(command, check=True, capture_output=True)
         models = f"{demo}/sft", f"{demo}/ppo", folder / "trl"
-        print("{:<6}{:8.3f}{:10.3f}{:12.3f}".format(seed, *(gold(model, seed, args.prompts) for model in models)))
+        print("{:<6}{:8.3f}{:10.3f}{:12.3f}".format(seed, *(gold(model, seed, args.samples) for model in models)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each held-out prompt")
     parser.add_argument("--trl_python", default=str(ROOT / ".venv-trl/bin/python"), help="a Python with TRL 1.12.0")
     parser.add_argument("--train_trl", metavar="FOLDER", help=argparse.SUPPRESS)
     main(parser.parse_args())

@@ -4,8 +4,7 @@
     python benchmarks/ppo_speed.py --shapes tiny --repeats 5
 
 Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer
-length,
-epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own (the critic
+length, epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own (the critic
 a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process of its own;
 medians are reported, and beside them the time that the matrix products of an update need at the rate at which this
 machine multiplies matrices.
@@ -13,6 +12,7 @@ machine multiplies matrices.
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -173,7 +173,11 @@ def measure(who: str, folder: Path, shape: dict, micro: int) -> None:
 def floor(folder: Path, shape: dict, micro: int) -> None:
     """The matrix products of one update, counted as it runs, and the seconds that they take at this machine's rate."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def linear_flop(x, weight, *args, out_shape, **kwargs):
+        return 2 * math.prod(x) * out_shape[-1]
 
     trainer = ours(folder, {**shape, "run": {**shape["run"], "updates": 1}}, micro)
     with FlopCounterMode(display=False) as counter:

@@ -2,10 +2,11 @@
 
 import copy
 
-from fast_lora import use_fast_lora
+import fast_linear
+from fast_linear import use_fast_linear
 from flat_rows import is_flat, use_flat_rows
 from modeling import load_frozen_policy, load_reward_model, load_tokenizer
-from rollout import _logprobs, generate, last_states, read_answers, score
+from rollout import _logprobs, generate, last_states, logits_of, read_answers, score
 
 import pytest
 import torch
@@ -148,9 +149,14 @@ def test_chosen_logprobs_have_the_plain_formulas_values_and_gradient():
         torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
-def test_fast_lora_is_pefts_lora(policy, dora):
-    """Values and gradients of a GPT-2 (Conv1D) and a Llama (Linear, no biases); DoRA is left to PEFT."""
+def test_fast_lora_is_pefts_lora(policy, dora, onednn, monkeypatch):
+    """Values and gradients of a GPT-2 (Conv1D) and a Llama (Linear, no biases), where torch has oneDNN's products and
+    where it has not, with the adapter on and off; DoRA is left to PEFT."""
+    if onednn and not fast_linear.ONEDNN:
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(fast_linear, "ONEDNN", onednn)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -159,18 +165,25 @@ def test_fast_lora_is_pefts_lora(policy, dora):
         config = LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=dora, use_rslora=True)
         model = get_peft_model(base, config)
         ids, results = torch.arange(12).view(2, 6), []
+        states = torch.randn(5, 32, requires_grad=True)
         for _ in range(2):
             model.zero_grad()
             logits = model(input_ids=ids).logits
             logits.square().mean().backward()
-            results.append([logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+            with torch.no_grad():
+                unread = model(input_ids=ids).logits
+                with model.disable_adapter():
+                    off = model(input_ids=ids).logits
+            head = logits_of(model, states, 0.7)
+            (head_grad,) = torch.autograd.grad(head.square().mean(), states)
+            grads = [p.grad for p in model.parameters() if p.requires_grad]
+            results.append([logits.detach(), unread, off, head.detach(), head_grad, *grads])
             before = model.base_model.model.state_dict()
-            use_fast_lora(model)
+            use_fast_linear(model)
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(results[1][1], results[1][2], atol=1e-3)
         fast = [m for m in model.modules() if "forward" in vars(m)]
-        assert bool(fast) != dora
+        assert bool(fast) != dora and model.get_output_embeddings().packed_weight is not None
         for name, value in model.base_model.model.state_dict().items():
             assert torch.equal(value, before[name]), name
-        with torch.no_grad(), model.disable_adapter():
-            assert not torch.allclose(model(input_ids=ids).logits, results[0][0], atol=1e-3)

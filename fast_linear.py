@@ -1,0 +1,100 @@
+"""Frozen linear layers and LoRA on a CPU in float32: PEFT's numbers, sooner.
+
+Two things cost there. torch multiplies float32 matrices with MKL; oneDNN, which torch carries for `torch.compile`,
+takes as little as half the time for the few rows of a decoding step, less so for many, and gains once more if the
+matrix is laid out for it. And PEFT computes `base(x) + B(A(x)) * scaling` as five operations, each of which writes a
+tensor of the output's size or keeps one for backward; here the low-rank part is added into the base's output in place.
+"""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def packed(weight):
+    """A copy of a weight (out, in) as oneDNN likes to read it, for `product` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 8) if ONEDNN else weight  # for 8 rows; any may follow
+
+
+def product(x, weight, bias=None):
+    """x W^T + bias without a gradient; x (rows, in), W (out, in), packed or not."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if ONEDNN else F.linear(x, weight, bias)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T with W frozen; x (rows, in), W (out, in), and W packed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, packed_weight):
+        ctx.save_for_backward(weight)
+        return product(x, packed_weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return product(grad, ctx.saved_tensors[0].T), None, None
+
+
+class LoraSum(torch.autograd.Function):
+    """y = x W^T + bias + scaling (x A^T) B^T with W frozen; x (rows, in), W (out, in), A (r, in), B (out, r)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, packed_weight, bias, a, b, scaling):
+        low = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scaling = scaling
+        return product(x, packed_weight, bias).addmm_(low, b.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low = ctx.saved_tensors
+        grad_low = grad @ b
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, weight.T).addmm_(grad_low, a, alpha=ctx.scaling)
+        if ctx.needs_input_grad[4]:
+            grad_a, grad_b = (grad_low.T @ x).mul_(ctx.scaling), (grad.T @ low).mul_(ctx.scaling)
+        return grad_x, None, None, None, grad_a, grad_b, None
+
+
+def lora_forward(self, x, *args, **kwargs):
+    """In place of a LoRA layer's own forward; whatever is not the plain case goes there."""
+    base, active, training = self.base_layer, self.active_adapters, torch.is_grad_enabled()
+    off = self.disable_adapters
+    if self.merged or (training if off else len(active) != 1 or active[0] not in self.lora_A):
+        return type(self).forward(self, x, *args, **kwargs)
+    rows = x.reshape(-1, x.shape[-1])
+    lora = () if off else (self.lora_A[active[0]].weight, self.lora_B[active[0]].weight, self.scaling[active[0]])
+    if training:
+        y = LoraSum.apply(rows, weight_of(base), self.packed_weight, base.bias, *lora)
+    else:
+        y = product(rows, self.packed_weight, base.bias)
+        if lora:
+            y.addmm_(rows @ lora[0].T, lora[1].T, alpha=lora[2])
+    return y.view(*x.shape[:-1], -1)
+
+
+def weight_of(layer):
+    """(out, in) of a linear layer, GPT-2's included."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def use_fast_linear(model) -> None:
+    """Speed up a float32 model's plain LoRA layers and frozen output layer, and nothing else. Not for autocast."""
+    for layer in (module for module in model.modules() if type(module) is LoraLinear):
+        base = layer.base_layer
+        plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype == torch.float32
+        dropout = any(isinstance(drop, nn.Dropout) and drop.p for drop in layer.lora_dropout.values())
+        biases = any(part.bias is not None for part in layer.lora_B.values())
+        if plain and not (dropout or biases or layer.lora_variant):
+            layer.packed_weight = packed(weight_of(base))
+            layer.forward = MethodType(lora_forward, layer)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and head.weight.dtype == torch.float32:
+        if not head.weight.requires_grad:
+            head.packed_weight = packed(head.weight)
