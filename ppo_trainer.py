@@ -127,6 +127,11 @@ class PPOTrainer(Trainer):
             callbacks=[LastEvaluation(), *(callbacks or [])],
             **kwargs,
         )
+        if self.is_fsdp_enabled:  # sampling and scoring call parts of the model, each of which holds a shard
+            raise UserError(
+                "PPO needs whole weights on each device, which FSDP does not keep:\n"
+                "  accelerate launch --config_file accelerate_config/multi_gpu.yaml ppo_training.py ..."
+            )
         for other in (self.reference_model, *(getattr(self.reward, name, None) for name in ("model", "head"))):
             if other is not None:
                 other.to(self.args.device)

@@ -67,6 +67,18 @@ def trained_state(trainer):
     return {k: v.clone() for k, v in trainer.model.named_parameters() if v.requires_grad}
 
 
+def test_fsdp_is_refused_before_anything_is_sampled(saved, tmp_path, monkeypatch):
+    real = PPOTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        real(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(PPOTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(UserError, match="whole weights on each device"):
+        make_trainer(saved, tmp_path / "ppo")
+
+
 def test_each_mini_batch_is_one_optimizer_step_and_the_first_ratio_is_one(saved, tmp_path):
     trainer = make_trainer(saved, tmp_path, num_mini_batches=4, num_ppo_epochs=3, logging_steps=1)
     before = trained_state(trainer)
