@@ -4,10 +4,10 @@
     python benchmarks/ppo_speed.py --shapes tiny --repeats 5
 
 Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer
-length, epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own (the
-critic a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process of its
-own; medians are reported, and beside them the time that the matrix products of an update need at the rate at which this
-machine multiplies large matrices with the faster of torch's two libraries.
+length, epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own
+(the critic a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process
+of its own; medians are reported, and beside them the time that the matrix products of an update need at the rate at
+which this machine multiplies large matrices with the faster of torch's two libraries.
 """
 
 import argparse
