@@ -15,11 +15,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+COPIES = 2**32  # bytes of weights up to which they are held a second time, laid out for oneDNN
 
 
 def packed(weight):
     """A copy of a weight (out, in) as oneDNN likes to read it, for `product` alone."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 8) if ONEDNN else weight  # for 8 rows; any may follow
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # for 8 rows; any may follow
 
 
 def product(x, weight, bias=None):
@@ -64,13 +65,12 @@ class LoraSum(torch.autograd.Function):
 
 def lora_forward(self, x, *args, **kwargs):
     """In place of a LoRA layer's own forward; whatever is not the plain case goes there."""
-    base, active, training = self.base_layer, self.active_adapters, torch.is_grad_enabled()
-    off = self.disable_adapters
-    if self.merged or (training if off else len(active) != 1 or active[0] not in self.lora_A):
+    base, active, off, grads = self.base_layer, self.active_adapters, self.disable_adapters, torch.is_grad_enabled()
+    if self.merged or (grads if off else len(active) != 1 or active[0] not in self.lora_A):
         return type(self).forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     lora = () if off else (self.lora_A[active[0]].weight, self.lora_B[active[0]].weight, self.scaling[active[0]])
-    if training:
+    if grads:
         y = LoraSum.apply(rows, weight_of(base), self.packed_weight, base.bias, *lora)
     else:
         y = product(rows, self.packed_weight, base.bias)
@@ -84,17 +84,30 @@ def weight_of(layer):
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
+def is_frozen_float32(layer) -> bool:
+    return type(layer) in (nn.Linear, Conv1D) and not any(
+        p.requires_grad or p.dtype != torch.float32 for p in layer.parameters()
+    )
+
+
+def is_plain_lora(layer) -> bool:
+    return (
+        type(layer) is LoraLinear
+        and is_frozen_float32(layer.base_layer)
+        and not layer.lora_variant
+        and not any(isinstance(drop, nn.Dropout) and drop.p for drop in layer.lora_dropout.values())
+        and not any(part.bias is not None for part in layer.lora_B.values())
+    )
+
+
 def use_fast_linear(model) -> None:
-    """Speed up a float32 model's plain LoRA layers and frozen output layer, and nothing else. Not for autocast."""
-    for layer in (module for module in model.modules() if type(module) is LoraLinear):
-        base = layer.base_layer
-        plain = type(base) in (nn.Linear, Conv1D) and base.weight.dtype == torch.float32
-        dropout = any(isinstance(drop, nn.Dropout) and drop.p for drop in layer.lora_dropout.values())
-        biases = any(part.bias is not None for part in layer.lora_B.values())
-        if plain and not (dropout or biases or layer.lora_variant):
-            layer.packed_weight = packed(weight_of(base))
-            layer.forward = MethodType(lora_forward, layer)
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.bias is None and head.weight.dtype == torch.float32:
-        if not head.weight.requires_grad:
-            head.packed_weight = packed(head.weight)
+    """Speed up a model's plain LoRA layers and frozen output layer in float32, and nothing else. Not for autocast."""
+    layers, head = [layer for layer in model.modules() if is_plain_lora(layer)], model.get_output_embeddings()
+    weights = {layer: weight_of(layer.base_layer).detach() for layer in layers}
+    if is_frozen_float32(head) and head.bias is None:
+        weights[head] = head.weight.detach()
+    pack = ONEDNN and sum(weight.nbytes for weight in weights.values()) <= COPIES
+    for layer, weight in weights.items():
+        layer.packed_weight = packed(weight) if pack else weight
+    for layer in layers:
+        layer.forward = MethodType(lora_forward, layer)

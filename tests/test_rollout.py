@@ -149,14 +149,15 @@ def test_chosen_logprobs_have_the_plain_formulas_values_and_gradient():
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("products", ["packed", "oneDNN", "plain"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_fast_lora_is_pefts_lora(policy, dora, onednn, monkeypatch):
-    """Values and gradients of a GPT-2 (Conv1D) and a Llama (Linear, no biases), where torch has oneDNN's products and
-    where it has not, with the adapter on and off; DoRA is left to PEFT."""
-    if onednn and not fast_linear.ONEDNN:
+def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
+    """Values and gradients of a GPT-2 (Conv1D) and a Llama (Linear, no biases), with the adapter on and off, with and
+    without copies of the weights, where torch has oneDNN's products and where it has not; DoRA is left to PEFT."""
+    if products != "plain" and not fast_linear.ONEDNN:
         pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(fast_linear, "ONEDNN", onednn)
+    monkeypatch.setattr(fast_linear, "ONEDNN", products != "plain")
+    monkeypatch.setattr(fast_linear, "COPIES", 2**32 if products == "packed" else 0)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -164,6 +165,7 @@ def test_fast_lora_is_pefts_lora(policy, dora, onednn, monkeypatch):
     for base in (llama, copy.deepcopy(policy[0]).merge_and_unload()):
         config = LoraConfig(target_modules="all-linear", init_lora_weights=False, use_dora=dora, use_rslora=True)
         model = get_peft_model(base, config)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         ids, results = torch.arange(12).view(2, 6), []
         states = torch.randn(5, 32, requires_grad=True)
         for _ in range(2):
@@ -178,12 +180,11 @@ def test_fast_lora_is_pefts_lora(policy, dora, onednn, monkeypatch):
             (head_grad,) = torch.autograd.grad(head.square().mean(), states)
             grads = [p.grad for p in model.parameters() if p.requires_grad]
             results.append([logits.detach(), unread, off, head.detach(), head_grad, *grads])
-            before = model.base_model.model.state_dict()
             use_fast_linear(model)
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(results[1][1], results[1][2], atol=1e-3)
         fast = [m for m in model.modules() if "forward" in vars(m)]
         assert bool(fast) != dora and model.get_output_embeddings().packed_weight is not None
-        for name, value in model.base_model.model.state_dict().items():
-            assert torch.equal(value, before[name]), name
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
