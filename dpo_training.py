@@ -47,13 +47,12 @@ class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.checked and self.model.training and self.state.global_step == 0:
             self.checked = True
-            # Policy and reference are the same before the first update, so every implicit reward is 0 and the loss ln
-            # 2.
+            # before the first update policy and reference are the same, every implicit reward 0 and the loss ln 2
             tolerance = 1e-3 if self.model.dtype.itemsize == 4 and not (self.args.bf16 or self.args.fp16) else 0.05
             margin = self._metrics["train"]["rewards/margins"][-1]
             assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
             if self.args.loss_type == ["sigmoid"] and not self.args.label_smoothing and not self.aux_loss_enabled:
-                loss = float(result[0] if return_outputs else result)
+                loss = (result[0] if return_outputs else result).item()
                 assert abs(loss - math.log(2)) < tolerance, f"the first DPO loss is {loss}, not ln 2"
         return result
 

@@ -79,7 +79,8 @@ class PPOConfig(TrainingArguments):
         default=False, metadata={"help": "Give the critic a LoRA of its own: twice the passes, no shared gradients."}
     )
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the critic, if not learning_rate."}
+        default=None,
+        metadata={"help": "Learning rate of the critic; by default learning_rate, ten times that for a head alone."},
     )
     value_warmup_updates: int = field(
         default=0, metadata={"help": "First updates in which only the critic is trained (its head, or its LoRA too)."}

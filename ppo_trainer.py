@@ -188,13 +188,15 @@ class PPOTrainer(Trainer):
 
     def create_optimizer(self, *args):
         optimizer = super().create_optimizer(*args)
-        if (learning_rate := self.ppo.value_learning_rate) is not None:
-            critics = {id(p) for p in self.accelerator.unwrap_model(self.model).value_parameters().values()}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in critics]
-                group["params"] = [p for p in group["params"] if id(p) not in critics]
-                if own:
-                    optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        learning_rate = self.ppo.value_learning_rate
+        if learning_rate is None:  # a head alone has to follow the states of a policy that changes under it
+            learning_rate = self.args.learning_rate * (1 if self.ppo.value_adapter else 10)
+        critics = {id(p) for p in self.accelerator.unwrap_model(self.model).value_parameters().values()}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in critics]
+            group["params"] = [p for p in group["params"] if id(p) not in critics]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
         return optimizer
 
     def get_train_dataloader(self):

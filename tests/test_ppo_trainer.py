@@ -244,6 +244,17 @@ def test_the_critic_alone_is_trained_while_it_warms_up(saved, tmp_path):
     assert rates == {len(before) - 1: 1e-3, 1: 0.1}
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate"), [({}, 1e-2), ({"value_adapter": True}, 1e-3), ({"value_learning_rate": 0.1}, 0.1)]
+)
+def test_a_head_alone_learns_at_ten_times_the_policys_rate(saved, tmp_path, flags, rate):
+    trainer = make_trainer(saved, tmp_path, **flags)
+    critics = set(map(id, trainer.model.value_parameters().values()))
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (rate if id(parameter) in critics else 1e-3)
+
+
 def test_an_update_stops_where_the_policy_has_moved_too_far(saved, tmp_path):
     """With a bound that every step breaks only the first mini-batch, where nothing has moved, makes a step."""
     flags = {"num_mini_batches": 4, "num_ppo_epochs": 3, "max_steps": 1}
