@@ -59,14 +59,16 @@ class LoraSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(grad, weight.T).addmm_(grad_low, a, alpha=ctx.scaling)
         if ctx.needs_input_grad[4]:
-            grad_a, grad_b = (grad_low.T @ x).mul_(ctx.scaling), (grad.T @ low).mul_(ctx.scaling)
+            grad_a = (grad_low.T @ x).mul_(ctx.scaling)
+        if ctx.needs_input_grad[5]:
+            grad_b = (grad.T @ low).mul_(ctx.scaling)
         return grad_x, None, None, None, grad_a, grad_b, None
 
 
 def lora_forward(self, x, *args, **kwargs):
     """In place of a LoRA layer's own forward; whatever is not the plain case goes there."""
     base, active, off, grads = self.base_layer, self.active_adapters, self.disable_adapters, torch.is_grad_enabled()
-    if self.merged or (grads if off else len(active) != 1 or active[0] not in self.lora_A):
+    if args or kwargs or self.merged or (grads if off else len(active) != 1 or active[0] not in self.lora_A):
         return type(self).forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     lora = () if off else (self.lora_A[active[0]].weight, self.lora_B[active[0]].weight, self.scaling[active[0]])
@@ -76,7 +78,7 @@ def lora_forward(self, x, *args, **kwargs):
         y = product(rows, self.packed_weight, base.bias)
         if lora:
             y.addmm_(rows @ lora[0].T, lora[1].T, alpha=lora[2])
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def weight_of(layer):
@@ -101,7 +103,10 @@ def is_plain_lora(layer) -> bool:
 
 
 def use_fast_linear(model) -> None:
-    """Speed up a model's plain LoRA layers and frozen output layer in float32, and nothing else. Not for autocast."""
+    """Speed up a model's plain LoRA layers and frozen output layer in float32, and nothing else.
+
+    Not for autocast; and neither the base's weights nor what is trained of them may change afterwards.
+    """
     layers, head = [layer for layer in model.modules() if is_plain_lora(layer)], model.get_output_embeddings()
     weights = {layer: weight_of(layer.base_layer).detach() for layer in layers}
     if is_frozen_float32(head) and head.bias is None:

@@ -1,8 +1,9 @@
 """Rows of tokens through a transformer without padding: laid end to end as one long row, each attending to itself.
 
-Padding costs what tokens cost: half of a batch of prompts and answers of mixed lengths is easily padding. Every layer
-but attention works a token at a time; attention is called here row by row. Fast on a CPU, where a matrix product takes
-as long as it has rows; on a GPU many small kernels cost more than the padding, so rows are padded there.
+Padding costs what tokens cost: half of a batch of prompts and answers of mixed lengths is easily padding. Layers other
+than attention work a token at a time (models with layers that do not are padded); attention is called here row by row.
+Fast on a CPU, where a matrix product takes as long as it has rows; on a GPU many small kernels cost more than the
+padding, so rows are padded there.
 """
 
 import torch
@@ -13,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 FLAT = "flat_rows"
+ROW_BY_ROW = {"full_attention", "sliding_attention"}  # layers that see nothing of other rows but through attention
 
 
 def flat_attention(module, query, key, value, attention_mask, row_lengths=None, sliding_window=None, **kwargs):
@@ -44,6 +46,10 @@ def use_flat_rows(model) -> None:
         model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend  # or attention is not the function that is registered here
         and not getattr(model.config, "alibi", False)
+        and not any(
+            isinstance(module, nn.Conv1d) for module in model.modules()
+        )  # mixes neighbours, and recurrence too
+        and set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= ROW_BY_ROW
     ):
         model.set_attn_implementation(FLAT)
 

@@ -119,6 +119,10 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens but {base} has embeddings for {rows}: not a pair")
     set_special_tokens(model, tokenizer)
+    # bitsandbytes would repack 4-bit weights at the first forward in eval mode, and training would lose its gradients
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
     for module in model.modules():
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):

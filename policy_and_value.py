@@ -45,12 +45,9 @@ class PolicyAndValue(nn.Module):
                 states = answer_states(self.policy, prompts, answers, pad_id)
         return padded(self.value_head(states.float())[:, 0], [len(answer) for answer in answers])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **layers):
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         if isinstance(self.policy, PeftModel):
             kwargs["context_fn"] = recompute_with_same_adapter(self.policy)
             self.policy.enable_input_require_grads()
-        self.policy.gradient_checkpointing_enable(kwargs)
-
-    def gradient_checkpointing_disable(self):
-        self.policy.gradient_checkpointing_disable()
+        self.policy.activation_checkpointing_enable(kwargs, **layers)

@@ -100,6 +100,8 @@ class PPOTrainer(Trainer):
         own = model.generation_config.eos_token_id
         self.stop_ids = {processing_class.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         self.stop_ids |= {args.stop_token_id} - {None}
+        if args.stop_token_id is not None and not 0 <= args.stop_token_id < len(processing_class):
+            raise UserError(f"--stop_token_id {args.stop_token_id}: the tokenizer has {len(processing_class)} tokens")
         head = reward_model.head.weight if reward_model.same_tokens else None
 
         self.ppo, args = args, copy.copy(args)  # in the Trainer's terms
@@ -109,11 +111,12 @@ class PPOTrainer(Trainer):
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
         self.num_updates = args.max_steps if args.max_steps > 0 else -(-episodes // args.batch_size)
         args.max_steps = self.num_updates * self.steps_per_update
-        for name in ("logging_steps", "save_steps", "eval_steps"):
+        for name in ("logging_steps", "save_steps", "eval_steps", "eval_delay", "warmup_steps"):
             steps = getattr(args, name)
             if steps is not None:  # below 1: a share of all updates
                 steps = -int(-steps * self.num_updates // 1) if steps < 1 else int(steps)
                 setattr(args, name, steps * self.steps_per_update)
+        self.work = f"{self.num_updates} updates of {args.batch_size} answers, {self.steps_per_update} steps each"
         args.remove_unused_columns = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # each trained parameter has a gradient at each step
@@ -167,7 +170,7 @@ class PPOTrainer(Trainer):
             for module in other.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # or the ratio would not be 1 before the first step
-            if args.device.type == "cpu" and not (args.bf16 or args.fp16):
+            if args.device.type == "cpu" and args.mixed_precision == "no":
                 use_flat_rows(other)
                 use_fast_linear(other)
 
@@ -201,9 +204,8 @@ class PPOTrainer(Trainer):
 
     def get_train_dataloader(self):
         # a process's share of the batch, again at each micro-step
-        sampler = BatchSampler(
-            len(self.train_dataset), self.ppo.batch_size, self.num_updates, self.micro_steps, self.args.seed
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = BatchSampler(len(self.train_dataset), self.ppo.batch_size, self.num_updates, self.micro_steps, seed)
         size = self.ppo.local_batch_size
         loader = DataLoader(self.train_dataset, batch_size=size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
@@ -219,6 +221,12 @@ class PPOTrainer(Trainer):
         if self._stopped:  # no gradients: the optimizer passes over parameters without one
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, self.micro_batch(update, step), num_items_in_batch)
+        if update < self.ppo.value_warmup_updates:  # without gradients: a zero would let weight decay move the policy
+            unwrapped = self.accelerator.unwrap_model(model)
+            critics = {id(p) for p in unwrapped.value_parameters().values()}
+            for parameter in unwrapped.parameters():
+                if id(parameter) not in critics:
+                    parameter.grad = None
         per_mini_batch = self.args.gradient_accumulation_steps
         if self.ppo.target_kl is not None and self._micro_step % per_mini_batch == 0:
             self._stopped = sum(self._metrics["policy/approxkl_avg"][-per_mini_batch:]) > self.ppo.target_kl
@@ -397,10 +405,18 @@ class PPOTrainer(Trainer):
         return batch
 
     @property
+    def layout(self) -> dict:
+        """What must not change where a run is resumed: where in an update a step lies, and what is trained."""
+        ppo = self.ppo
+        return {
+            name: getattr(ppo, name) for name in ("batch_size", "num_mini_batches", "num_ppo_epochs", "value_adapter")
+        }
+
+    @property
     def exact(self) -> bool:
         """Whether all is computed in float32, so that sampling and training give the same log-probabilities."""
         policy = self.accelerator.unwrap_model(self.model).policy
-        return policy.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        return policy.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
 
     @property
     def tolerance(self) -> float:
@@ -477,12 +493,16 @@ class PPOTrainer(Trainer):
         model.policy.save_pretrained(output_dir, **({"selected_adapters": [self.adapter]} if lora else {}))
         critic = {name: p.detach().cpu().contiguous() for name, p in model.value_parameters().items()}
         save_file(critic, output_dir / VALUE_HEAD)
-        (output_dir / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+        (output_dir / STATE).write_text(json.dumps({"kl_coef": self.kl_coef} | self.layout) + "\n")
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.ppo, output_dir / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder, model = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
+        state = json.loads((folder / STATE).read_text())
+        if changed := {name: was for name, was in state.items() if self.layout.get(name, was) != was}:
+            flags = " and ".join(f"{name} {value}" for name, value in changed.items())
+            raise UserError(f"{folder} is of a run with {flags}: resume with the flags that it was started with")
         if isinstance(model.policy, PeftModel):
             weights = load_peft_weights(folder, device="cpu")
             set_peft_model_state_dict(model.policy, weights, adapter_name=self.adapter)
@@ -491,7 +511,7 @@ class PPOTrainer(Trainer):
         critic = load_file(folder / VALUE_HEAD)
         for name, parameter in model.value_parameters().items():
             parameter.data.copy_(critic[name])
-        self.kl_coef = json.loads((folder / STATE).read_text())["kl_coef"]
+        self.kl_coef = state["kl_coef"]
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -28,6 +28,8 @@ def find_resume(training_args, overwrite: bool) -> str | None:
     Raises:
         UserError: if the folder holds something else and `--overwrite_output_dir` was not given.
     """
+    if training_args.enable_jit_checkpoint:  # it ends training early, which would look complete
+        raise UserError("--enable_jit_checkpoint: a killed run goes on from its last checkpoint, see --save_steps")
     folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint
     complete = [c for c in folder.glob("checkpoint-*") if is_complete(c)]
     last = str(max(complete, key=lambda c: int(c.name.split("-")[1]))) if complete else None
@@ -48,7 +50,7 @@ def find_resume(training_args, overwrite: bool) -> str | None:
         raise UserError(
             f"{folder} is not empty: choose another --output_dir, or add --overwrite_output_dir to train into it anew"
         )
-    if checkpoint:
+    if checkpoint or training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     return checkpoint
 
@@ -82,10 +84,11 @@ def plan(trainer, data) -> str:
     trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    work = getattr(trainer, "work", f"{epochs} of {batch} rows a step")
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
     return (
         f"train: {counts['kept']} rows, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
-        f"plan: {epochs} of {batch} rows a step, {trained:,} of {total:,} parameters trained,"
+        f"plan: {work}, {trained:,} of {total:,} parameters trained,"
         f" lr {args.learning_rate:g}"
     )
 

@@ -1,7 +1,7 @@
 """The demo's gold score after PPO here and after TRL 1.12.0's, from the same models and with the same budget.
 
     python examples/demo.py --seed 0                     # leaves saved/demo_0; and so on
-    python benchmarks/ppo_quality.py --seeds 0 1 2       # the Python with TRL 1.12.0 is made by `make bench-ppo`
+    python benchmarks/ppo_quality.py --seeds 0 1 2 3 4 5  # the Python with TRL 1.12.0 is made by `make bench-ppo`
 
 TRL's trainer gets the merged SFT model with a new LoRA of the same rank, and the merged reward model, as which its
 critic starts too, with a LoRA of its own; prompts, episodes, batch, learning rate and the rest are the demo's. Gold is

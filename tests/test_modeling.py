@@ -19,7 +19,9 @@ from user_error import UserError
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def arguments(name, **kwargs):
@@ -140,3 +142,24 @@ def test_other_libraries_load_our_folders_with_the_same_logits_in_another_proces
     ours = logits(load_frozen_policy(saved["ppo"], load_tokenizer(saved["ppo"])))
     for theirs in torch.load(tmp_path / "logits.pt"):
         torch.testing.assert_close(theirs, ours)
+
+
+def test_4_bit_training_has_the_same_gradients_after_an_evaluation(base, tmp_path):
+    """bitsandbytes repacks weights for a CPU with AVX512-BF16 at a forward in eval mode; gradients ended there."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(base)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    policy, peft_config = load_policy(ModelArguments(model_name_or_path=str(tmp_path), load_in_4bit=True), tokenizer)
+    model = get_peft_model(policy, peft_config)
+    ids, gradients = torch.arange(12)[None], []
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.01
+    for _ in range(2):
+        torch.manual_seed(1)  # dropout's
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    assert len(gradients[0]) == 28 and all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -146,7 +146,7 @@ def test_gradients_are_those_of_four_models_of_their_own(saved, tmp_path, subtes
                 trainer = make_trainer(saved, tmp_path, **({"value_adapter": True} if value_adapter else {}))
                 assert "reward" in trainer.model.policy.peft_config  # all on one base
                 if checkpointing:
-                    trainer.model.gradient_checkpointing_enable()
+                    trainer.model.activation_checkpointing_enable()
                 rows = [trainer.train_dataset[i] for i in range(8)]
                 trainer._rollout = batch = trainer.rollout(rows, update=0)
                 trainer.model.train()
@@ -235,7 +235,8 @@ def merged(adapter, folder) -> str:
 
 
 def test_the_critic_alone_is_trained_while_it_warms_up(saved, tmp_path):
-    trainer = make_trainer(saved, tmp_path, max_steps=1, value_warmup_updates=1, value_learning_rate=0.1)
+    flags = {"value_warmup_updates": 1, "value_learning_rate": 0.1, "weight_decay": 0.5}
+    trainer = make_trainer(saved, tmp_path, max_steps=1, **flags)
     before = trained_state(trainer)
     trainer.train()
     moved = {name for name, value in trained_state(trainer).items() if not torch.equal(value, before[name])}
@@ -253,6 +254,43 @@ def test_a_head_alone_learns_at_ten_times_the_policys_rate(saved, tmp_path, flag
     for group in trainer.create_optimizer().param_groups:
         for parameter in group["params"]:
             assert group["lr"] == (rate if id(parameter) in critics else 1e-3)
+
+
+@pytest.mark.parametrize("flags", [{}, {"value_adapter": True}])
+def test_gradient_checkpointing_changes_nothing(saved, tmp_path, flags):
+    logs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(saved, tmp_path, gradient_checkpointing=checkpointing, **flags)
+        assert trainer.train().global_step == 8
+        assert trainer.model.policy.is_activation_checkpointing == checkpointing
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history[:-1]])
+    torch.testing.assert_close(torch.tensor(logs[0]), torch.tensor(logs[1]), atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_of_accelerates_own_is_seen(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer(saved, tmp_path, max_steps=1)
+    assert not trainer.exact
+    trainer.train()
+
+
+def test_a_checkpoint_is_resumed_with_its_own_flags(saved, tmp_path):
+    make_trainer(saved, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(saved, tmp_path, max_steps=3, num_ppo_epochs=2, value_adapter=True)
+    with pytest.raises(UserError, match="num_ppo_epochs 4 and value_adapter False"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_warmup_counts_updates_and_data_seed_orders_prompts(saved, tmp_path):
+    trainer = make_trainer(saved, tmp_path, max_steps=4, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([3 / 8 * 1e-3, 7 / 8 * 1e-3, 1e-3, 1e-3])  # of each update's last step
+    orders = [
+        [row["prompt_ids"] for batch in make_trainer(saved, tmp_path, **flags).get_train_dataloader() for row in batch]
+        for flags in ({}, {"data_seed": 42}, {"data_seed": 1})
+    ]
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_an_update_stops_where_the_policy_has_moved_too_far(saved, tmp_path):

@@ -29,6 +29,13 @@ def nan(prompts, completions, **columns):
         ({"ref_adapter_name": "other"}, "--ref_adapter_name other: the policy has default"),
         ({"sft_model_path": "SFT"}, "unknown flag sft_model_path: today's is --model_name_or_path"),
         ({"stop_token": "eot"}, "invalid choice: 'eot'"),
+        ({"stop_token_id": 9999}, "--stop_token_id 9999: the tokenizer has"),
+        ({"num_ppo_epochs": 0}, "--num_ppo_epochs must be at least 1"),
+        ({"adaptive_kl_target": 0.0}, "--adaptive_kl_target must be above 0"),
+        ({"auto_find_batch_size": True}, "does not fit PPO: lower --per_device_train_batch_size instead"),
+        ({"eval_strategy": "epoch"}, "PPO counts updates, see --eval_steps"),
+        ({"load_best_model_at_end": True}, "--metric_for_best_model eval_<dataset>_scores"),
+        ({"target_kl": 0.1, "fp16": True}, "--fp16 false"),
         ({"use_score_norm": True, "reward_model_name_or_path": "NAN"}, "no score_statistics.json"),
     ],
 )

@@ -11,7 +11,7 @@ from rollout import _logprobs, generate, last_states, logits_of, read_answers, s
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,16 @@ def test_flat_rows_give_what_padded_rows_give(policy):
     (ours, logprobs, _), (theirs, others, _) = (generate(m, PROMPTS, noise, **options) for m in (flat, model))
     assert ours == theirs
     torch.testing.assert_close(logprobs, others, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_mixes_neighbours_is_padded():
+    config = Lfm2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    model = Lfm2ForCausalLM(config)
+    use_flat_rows(model)
+    assert not is_flat(model)
 
 
 def test_flat_rows_keep_to_a_sliding_window():
@@ -183,6 +193,11 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
             use_fast_linear(model)
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+            parameter.grad = None
+        model(input_ids=ids).logits.square().mean().backward()
+        assert all((p.grad is not None) == ("lora_B" in name) for name, p in model.named_parameters())
         assert not torch.allclose(results[1][1], results[1][2], atol=1e-3)
         fast = [m for m in model.modules() if "forward" in vars(m)]
         assert bool(fast) != dora and model.get_output_embeddings().packed_weight is not None

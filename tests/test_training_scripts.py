@@ -126,10 +126,21 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, tmp_path):
 
 
 class Arguments:
-    resume_from_checkpoint, eval_on_start = None, True
+    resume_from_checkpoint, eval_on_start, eval_strategy, enable_jit_checkpoint = None, True, "steps", False
 
-    def __init__(self, output_dir):
+    def __init__(self, output_dir, **others):
         self.output_dir = str(output_dir)
+        vars(self).update(others)
+
+
+def test_a_run_without_evaluation_does_not_evaluate_at_its_start(tmp_path):
+    arguments = Arguments(tmp_path, eval_strategy="no")
+    assert find_resume(arguments, overwrite=False) is None and not arguments.eval_on_start
+
+
+def test_a_run_that_would_end_early_and_look_complete_is_refused(tmp_path):
+    with pytest.raises(UserError, match="see --save_steps"):
+        find_resume(Arguments(tmp_path, enable_jit_checkpoint=True), overwrite=False)
 
 
 def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
