@@ -14,13 +14,17 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")  # where this was tried
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 COPIES = 2**32  # bytes of weights up to which they are held a second time, laid out for oneDNN
 
 
 def packed(weight):
     """A copy of a weight (out, in) as oneDNN likes to read it, for `product` alone."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # for 8 rows; any may follow
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 8)  # rows to come: a hint
 
 
 def product(x, weight, bias=None):
@@ -105,7 +109,7 @@ def is_plain_lora(layer) -> bool:
 def use_fast_linear(model) -> None:
     """Speed up a model's plain LoRA layers and frozen output layer in float32, and nothing else.
 
-    Not for autocast; and neither the base's weights nor what is trained of them may change afterwards.
+    Not for autocast; and the base's weights must stay as they are from then on, frozen.
     """
     layers, head = [layer for layer in model.modules() if is_plain_lora(layer)], model.get_output_embeddings()
     weights = {layer: weight_of(layer.base_layer).detach() for layer in layers}

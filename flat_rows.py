@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 FLAT = "flat_rows"
-ROW_BY_ROW = {"full_attention", "sliding_attention"}  # layers that see nothing of other rows but through attention
+ROW_BY_ROW = {"full_attention", "sliding_attention"}  # layers that reach other tokens through attention alone
 
 
 def flat_attention(module, query, key, value, attention_mask, row_lengths=None, sliding_window=None, **kwargs):
@@ -46,9 +46,7 @@ def use_flat_rows(model) -> None:
         model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend  # or attention is not the function that is registered here
         and not getattr(model.config, "alibi", False)
-        and not any(
-            isinstance(module, nn.Conv1d) for module in model.modules()
-        )  # mixes neighbours, and recurrence too
+        and not any(isinstance(module, nn.Conv1d) for module in model.modules())
         and set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= ROW_BY_ROW
     ):
         model.set_attn_implementation(FLAT)
