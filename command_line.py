@@ -20,6 +20,8 @@ import yaml
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, TrlParser
 
+TOKENIZER = ("eos_token", "pad_token", "chat_template_path")  # TRL would change it after the data is tokenised
+
 # Flags that other versions or systems spell otherwise, and what to type today.
 RENAMED = {
     "evaluation_strategy": "--eval_strategy",
@@ -143,7 +145,9 @@ class StageParser(TrlParser):
         args = list(sys.argv[1:] if args is None else args)
         files, flags = _split_config(args)
         given = [token for file in files for token in self._read_yaml(file)] + flags
-        if "--load_best_model_at_end" in given and not any(word.startswith("--save_strategy") for word in given):
+        words = [word.lower() for part in given for word in part.split("=", 1)] + ["--"]
+        best = "--load_best_model_at_end" in words and words[words.index("--load_best_model_at_end") + 1] != "false"
+        if best and not any(word.startswith("--save_st") for word in words):
             given += ["--save_strategy", "best"]  # or evaluations and checkpoints would have to fall on the same steps
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
@@ -156,6 +160,12 @@ class StageParser(TrlParser):
             raise UserError(str(error).strip()) from error
         if unknown:
             raise UserError(self._unknown(unknown[0].split("=")[0], "flag"))
+        for arguments in parsed:
+            for name in TOKENIZER:
+                if getattr(arguments, name, None):
+                    raise UserError(f"--{name}: a model keeps its tokenizer; change the tokenizer's own files instead")
+            if getattr(arguments, "load_best_model_at_end", False) and arguments.eval_strategy == "no":
+                raise UserError("--load_best_model_at_end: nothing is best with --eval_strategy no")
         for tracker in (name for arguments in parsed for name in getattr(arguments, "report_to", None) or ()):
             if tracker not in get_available_reporting_integrations():
                 raise UserError(f"--report_to {tracker} is not installed here, or not known\n  pip install {tracker}")

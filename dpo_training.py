@@ -17,12 +17,13 @@ import math
 from functools import partial
 
 from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import fit_length, load_policy, load_tokenizer
+from modeling import fit_length, load_policy, load_tokenizer, train_in_float32
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
 from rendering import encode_preference, tokenize
 from run_folder import find_resume, finish, plan
 from run_log import watch
+from user_error import UserError
 
 from accelerate import PartialState
 from peft import PeftModel
@@ -51,7 +52,9 @@ class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
             tolerance = 1e-3 if self.model.dtype.itemsize == 4 and not (self.args.bf16 or self.args.fp16) else 0.05
             margin = self._metrics["train"]["rewards/margins"][-1]
             assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
-            if self.args.loss_type == ["sigmoid"] and not self.args.label_smoothing and not self.aux_loss_enabled:
+            if self.args.loss_type == ["sigmoid"] and not (
+                self.args.label_smoothing or self.args.use_weighting or self.aux_loss_enabled
+            ):
                 loss = (result[0] if return_outputs else result).item()
                 assert abs(loss - math.log(2)) < tolerance, f"the first DPO loss is {loss}, not ln 2"
         return result
@@ -59,6 +62,10 @@ class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
 
 def main(script_args, training_args, model_args):
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    if training_args.beta <= 0:
+        raise UserError(f"--beta {training_args.beta:g}: the preferences' weight is above 0")
+    if training_args.neftune_noise_alpha:
+        raise UserError("--neftune_noise_alpha: its noise would make policy and reference differ from the start")
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
@@ -86,6 +93,7 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    train_in_float32(trainer.model)
     watch(trainer)
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:

@@ -156,7 +156,7 @@ def _check_continues(adapter, model_args):
             f"  python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
         )
     names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    names |= {"lora_r": "r", "model_revision": "revision"}
+    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
     for f in fields(model_args):
         value, now = getattr(model_args, f.name), config.get(names.get(f.name))
         if f.name in names and value != f.default and value != now:
@@ -182,6 +182,13 @@ def load_policy(model_args, tokenizer):
     if adapter is None:
         return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
     return load_adapter(model, adapter, trainable=True), None
+
+
+def train_in_float32(model) -> None:
+    """Undo what TRL's trainers do to the adapter on a quantised base: in bfloat16, small steps round away."""
+    for parameter in model.parameters() if getattr(model, "is_quantized", False) else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def load_frozen_policy(name: str, tokenizer):

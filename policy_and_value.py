@@ -43,7 +43,7 @@ class PolicyAndValue(nn.Module):
         if self.value_adapter or states is None:
             with active_adapter(self.policy, "value") if self.value_adapter else nullcontext():
                 states = answer_states(self.policy, prompts, answers, pad_id)
-        return padded(self.value_head(states.float())[:, 0], [len(answer) for answer in answers])
+        return padded(self.value_head(states.float())[:, 0].float(), [len(answer) for answer in answers])
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **layers):
         kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}

@@ -272,7 +272,7 @@ class PPOTrainer(Trainer):
         )
         training = model.training
         model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager(), active:
+        with torch.no_grad(), self.accelerator.autocast(), active:
             yield self.reference_model if own_weights else model.policy
         model.train(training)
 
@@ -330,7 +330,7 @@ class PPOTrainer(Trainer):
 
     def scores(self, rows: list[dict], sampled: dict) -> torch.Tensor:
         """The reward of each answer, before any penalty, (rows,)."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             if self.reward.same_tokens:
                 pairs = zip(sampled["prompts"], sampled["answers"], strict=True)
                 scores = self.reward.score_tokens([p + a for p, a in pairs], self.ppo.local_rollout_forward_batch_size)
@@ -493,7 +493,8 @@ class PPOTrainer(Trainer):
         model.policy.save_pretrained(output_dir, **({"selected_adapters": [self.adapter]} if lora else {}))
         critic = {name: p.detach().cpu().contiguous() for name, p in model.value_parameters().items()}
         save_file(critic, output_dir / VALUE_HEAD)
-        (output_dir / STATE).write_text(json.dumps({"kl_coef": self.kl_coef} | self.layout) + "\n")
+        state = {"kl_coef": self.kl_coef, "metrics": self._metrics}  # of updates that are not logged yet
+        (output_dir / STATE).write_text(json.dumps(state | self.layout) + "\n")
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.ppo, output_dir / "training_args.bin")
 
@@ -512,6 +513,8 @@ class PPOTrainer(Trainer):
         for name, parameter in model.value_parameters().items():
             parameter.data.copy_(critic[name])
         self.kl_coef = state["kl_coef"]
+        self._metrics.update(state.get("metrics", {}))
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._metrics.clear()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import fit_length, load_tokenizer, new_reward_model
+from modeling import fit_length, load_tokenizer, new_reward_model, train_in_float32
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
 from rendering import encode_preference, tokenize
@@ -83,6 +83,7 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    train_in_float32(trainer.model)
     watch(trainer)
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:

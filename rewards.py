@@ -8,7 +8,6 @@ scores = reward(prompts, completions, ended, columns)
 import importlib.util
 import inspect
 import json
-import math
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from peft import PeftModel
 
 # In a reward model's folder: the mean and standard deviation of its scores of held-out answers.
 STATISTICS = "score_statistics.json"
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardModel:
@@ -99,7 +99,7 @@ class RewardFunction:
         if len(scores) != len(prompts):
             raise UserError(f"the reward function {self.name} gave {len(scores)} scores for {len(prompts)} answers")
         for prompt, text, value in zip(prompts, completions, scores, strict=True):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise self.complain(f"returned {value}", prompt, text)
         return torch.tensor(scores, dtype=torch.float32)
 
@@ -115,7 +115,11 @@ class RewardFunction:
             if len(prompts) > 1:
                 raise UserError(f"the reward function {self.name} {what}, but for no answer alone") from error
             raise self.complain(what, prompts[0], completions[0][0]["content"]) from error
-        return [value.item() if hasattr(value, "item") else value for value in scores]
+        if isinstance(scores, dict) or not hasattr(scores, "__iter__"):
+            raise UserError(
+                f"the reward function {self.name} returned {type(scores).__name__}: not a number an answer"
+            )
+        return [value.item() if getattr(value, "shape", None) in ((), (1,)) else value for value in scores]
 
     def complain(self, what: str, prompt, text: str) -> UserError:
         return UserError(

@@ -214,7 +214,7 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
             tokens = probabilities.argmax(-1, keepdim=True)
         logprobs[rows, step] = probabilities.gather(-1, tokens)[:, 0].clamp(min=TINY).log()
         if value_head is not None:
-            values[rows, step] = value_head(hidden.float())[:, 0]
+            values[rows, step] = value_head(hidden.float())[:, 0].float()
         for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
             answers[row].append(token)
         going = (~torch.isin(tokens[:, 0], stops)).nonzero()[:, 0]
@@ -236,7 +236,7 @@ def read_scores(model, head, rows: list[list[int]], pad_id: int, batch_size: int
         chosen = order[i : i + batch_size]
         ends = torch.tensor([len(rows[j]) for j in chosen], device=model.device).cumsum(0) - 1
         last = last_states(model, [rows[j] for j in chosen], pad_id)[ends]
-        scores[chosen] = head(last.to(next(head.parameters()).dtype)).float().squeeze(-1)
+        scores[chosen] = head(last.to(head.weight.dtype)).float().squeeze(-1)
     return scores
 
 

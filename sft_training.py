@@ -21,7 +21,7 @@ from functools import partial
 
 from command_line import ModelArguments, ScriptArguments, StageParser, run
 from generation_metric import GeneratedRouge, Patience
-from modeling import fit_length, load_policy, load_tokenizer
+from modeling import fit_length, load_policy, load_tokenizer, train_in_float32
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
 from rendering import encode_demonstration, tokenize
@@ -60,7 +60,7 @@ class CheckedSFTTrainer(NamedEvaluation, GeneratedRouge, SFTTrainer):
 
 def main(script_args, training_args, model_args):
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
-    if training_args.packing and "flash" not in (model_args.attn_implementation or ""):
+    if (training_args.packing or training_args.eval_packing) and "flash" not in (model_args.attn_implementation or ""):
         raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
     if script_args.early_stopping_patience and not training_args.metric_for_best_model:
         raise UserError("--early_stopping_patience needs --metric_for_best_model, such as eval_rouge_avg")
@@ -93,6 +93,7 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    train_in_float32(trainer.model)
     if script_args.generate_eval_samples:
         trainer.generate_at_evaluations(script_args.generate_eval_samples, script_args.generate_eval_length)
     if script_args.early_stopping_patience:

@@ -44,6 +44,16 @@ def test_the_best_model_needs_no_word_on_when_to_save():
     best = ("--load_best_model_at_end", "--metric_for_best_model", "eval_rouge_avg")
     assert parse(*REQUIRED, *best)[1].save_strategy == "best"
     assert parse(*REQUIRED, *best, "--save_strategy", "epoch")[1].save_strategy == "epoch"
+    steps = ("--eval_strategy", "steps", "--eval_steps", "5", "--save_steps", "5")
+    assert parse(*REQUIRED, *best, *steps)[1].save_strategy == "steps"
+    assert parse(*REQUIRED, "--load_best_model_at_end", "false")[1].save_strategy != "best"
+    with pytest.raises(UserError, match="nothing is best with --eval_strategy no"):
+        parse(*REQUIRED, *best, "--eval_strategy", "no")
+
+
+def test_the_tokenizer_is_not_changed_by_a_flag():
+    with pytest.raises(UserError, match="--eos_token: a model keeps its tokenizer"):
+        parse(*REQUIRED, "--eos_token", "a")
 
 
 @pytest.mark.parametrize(

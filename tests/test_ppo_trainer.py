@@ -267,11 +267,26 @@ def test_gradient_checkpointing_changes_nothing(saved, tmp_path, flags):
     torch.testing.assert_close(torch.tensor(logs[0]), torch.tensor(logs[1]), atol=1e-5, rtol=1e-4)
 
 
-def test_autocast_of_accelerates_own_is_seen(saved, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    trainer = make_trainer(saved, tmp_path, max_steps=1)
-    assert not trainer.exact
+@pytest.mark.parametrize("flags", [{"bf16": True}, {"bf16": True, "value_adapter": True}, {}])
+def test_answers_are_sampled_and_read_in_the_precision_of_training(saved, tmp_path, flags, monkeypatch):
+    """With `--bf16`, and with `accelerate launch --mixed_precision bf16` alone; or the ratio would start off 1."""
+    if not flags:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer(saved, tmp_path, max_steps=1, num_ppo_epochs=1, temperature=0.1, **flags)
     trainer.train()
+    assert not trainer.exact
+    first = trainer.state.log_history[0]
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-3) and first["policy/approxkl_avg"] < 1e-6
+
+
+def test_a_log_line_covers_updates_before_a_resume_too(saved, tmp_path):
+    flags = {"max_steps": 2, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole, resumed = [], []
+    for logged, checkpoint in ((whole, None), (resumed, str(tmp_path / "checkpoint-4"))):
+        trainer = make_trainer(saved, tmp_path, **flags)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logged += [v for k, v in trainer.state.log_history[0].items() if "/" in k]
+    assert whole == resumed
 
 
 def test_a_checkpoint_is_resumed_with_its_own_flags(saved, tmp_path):

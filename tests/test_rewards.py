@@ -84,6 +84,15 @@ def none(prompts, completions, **columns):
     return [None for completion in completions]
 def few(prompts, completions, **columns):
     return [1.0]
+def huge(prompts, completions, **columns):
+    return [10**39 for completion in completions]
+def pairs(prompts, completions, **columns):
+    import torch
+    return torch.zeros(3, 2)
+def table(prompts, completions, **columns):
+    return {i: 1.0 for i in range(3)}
+def nothing(prompts, completions, **columns):
+    pass
 """
 
 
@@ -97,6 +106,10 @@ def few(prompts, completions, **columns):
         ("nan", r"returned nan\n  prompt: 'Who mends net 2\?'\n  answer: 'They sing while they work.'"),
         ("none", r"returned None\n  prompt: 'Who mends net 0\?'"),
         ("few", "gave 1 scores for 3 answers"),
+        ("huge", "returned 10000"),
+        ("pairs", r"returned tensor\(\[0., 0.\]\)\n  prompt: 'Who mends net 0"),
+        ("table", "returned dict: not a number an answer"),
+        ("nothing", "returned NoneType: not a number an answer"),
     ],
 )
 def test_a_broken_reward_function_is_named_with_prompt_and_answer(tmp_path, name, message):
@@ -107,7 +120,9 @@ def test_a_broken_reward_function_is_named_with_prompt_and_answer(tmp_path, name
 
 def test_a_reward_function_that_is_not_there(tmp_path):
     (tmp_path / "rewards.py").write_text(FUNCTIONS)
-    with pytest.raises(UserError, match="has no function missing; it has raises, nan, none, few"):
+    with pytest.raises(
+        UserError, match="has no function missing; it has raises, nan, none, few, huge, pairs, table, nothing"
+    ):
         load_reward(f"{tmp_path}/rewards.py:missing")
     with pytest.raises(UserError, match="no such file"):
         load_reward(f"{tmp_path}/nothing.py:missing")

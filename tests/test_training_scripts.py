@@ -102,6 +102,23 @@ def test_a_batch_without_a_label_stops_the_run():
         CheckedSFTTrainer.compute_loss(None, None, {"labels": torch.full((2, 3), -100)})
 
 
+@pytest.mark.parametrize("stage", ["sft_training", "reward_modeling", "dpo_training"])
+def test_a_quantised_base_leaves_what_is_trained_in_float32(saved, data, tmp_path, stage):
+    """TRL's trainers round it to bfloat16, in which DPO's small steps vanish and a reward model's head fails."""
+    flags = {"model_name_or_path": saved["sft"], "dataset_names": data, "load_in_4bit": True, "max_steps": 1}
+    folder = Path(run_script(stage, output_dir=tmp_path / "out", **flags))
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    lora = torch.cat([weight.flatten() for weight in weights.values()])
+    assert not torch.equal(lora.bfloat16().float(), lora)
+
+
+@pytest.mark.parametrize(("flags", "says"), [({"beta": 0.0}, "--beta 0: "), ({"neftune_noise_alpha": 5}, "noise")])
+def test_dpo_flags_that_would_teach_nothing_are_refused(saved, data, tmp_path, flags, says):
+    with pytest.raises(UserError, match=says):
+        run_script("dpo_training", model_name_or_path=saved["sft"], dataset_names=data, output_dir=tmp_path, **flags)
+
+
 def test_a_finished_folder_is_not_trained_into_again(saved, base, data):
     before = (Path(saved["sft"]) / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UserError, match="--overwrite_output_dir"):
