@@ -22,7 +22,7 @@ from ppo_trainer import PPOConfig, PPOTrainer
 from prepare_data import describe, load_datasets
 from rendering import encode_prompt, tokenize
 from rewards import load_reward
-from run_folder import find_resume, finish, plan
+from run_folder import begin, find_resume, finish, plan
 from run_log import watch
 from user_error import UserError
 
@@ -86,6 +86,7 @@ def main(script_args, training_args, model_args):
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:
         return
+    begin((script_args, training_args, model_args), checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir

@@ -21,7 +21,7 @@ from prepare_data import describe, load_datasets
 from rendering import encode_preference, tokenize
 from rewards import store_statistics
 from rollout import score
-from run_folder import find_resume, finish, plan
+from run_folder import begin, find_resume, finish, plan
 from run_log import watch
 from user_error import UserError
 
@@ -88,6 +88,7 @@ def main(script_args, training_args, model_args):
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:
         return
+    begin((script_args, training_args, model_args), checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir

@@ -1,7 +1,7 @@
 """The output folder of a training run: when one may be used, and what a run leaves in it beside the model.
 
-`training_log.jsonl` (each logged step), `learning_curves.png`, `run.json` (arguments, versions, data, parent,
-metrics). Nothing in a folder is ever deleted.
+`started.json` (the arguments), `training_log.jsonl` (each logged step), `learning_curves.png`, `run.json` (arguments,
+versions, data, parent, metrics). Nothing in a folder is ever deleted.
 """
 
 import json
@@ -16,7 +16,13 @@ from modeling import resolve_adapters
 from user_error import UserError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-TRACES = ("training_log.jsonl", "training_log.jsonl.tmp", "learning_curves.png", "samples", "runs")
+STARTED = "started.json"
+TRACES = ("training_log.jsonl", "training_log.jsonl.tmp", "learning_curves.png", "samples", "runs", STARTED)
+MAY_CHANGE = (  # how the names of arguments begin that do not bear on what is learned
+    "dataloader_", "disable_tqdm", "dry_run", "early_stopping", "eval_", "generate_eval", "gradient_accumulation",
+    "gradient_checkpointing", "hub_", "load_best", "local_rollout", "log", "max_eval", "metric_for", "num_sample",
+    "output_dir", "overwrite", "per_device_", "push_to_hub", "report_to", "resume_from", "run_name", "save_",
+)  # fmt: skip
 
 
 def find_resume(training_args, overwrite: bool) -> str | None:
@@ -75,6 +81,33 @@ def is_complete(checkpoint: Path) -> bool:
     sharded = (checkpoint / "latest").exists() or list(checkpoint.glob("optimizer_*"))  # DeepSpeed, FSDP
     single = all((checkpoint / name).exists() for name in ("optimizer.pt", "scheduler.pt"))
     return bool((sharded or single) and list(checkpoint.glob("rng_state*.pth")))
+
+
+def begin(arguments, checkpoint: str | None) -> None:
+    """Write a run's arguments down at its start; where it is resumed, they must be the same.
+
+    Raises:
+        UserError: for one that changed: the rest of the run would follow it only in part, and its record not at all.
+    """
+    training_args = arguments[1]
+    path = Path(training_args.output_dir) / STARTED
+    now = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}
+    batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    now["rows a step"] = batch * training_args.world_size
+    now = json.loads(json.dumps(now, default=str))
+    if checkpoint and path.exists():
+        before = json.loads(path.read_text())
+        if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
+            lines = [
+                f"  {name}: {before.get(name, 'left out')}, and now {now.get(name, 'left out')}" for name in changed
+            ]
+            raise UserError(
+                f"{training_args.output_dir} was started with other arguments:\n" + "\n".join(lines) + "\n"
+                "  resume it with the same, or add --overwrite_output_dir to train anew"
+            )
+    elif training_args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2) + "\n")
 
 
 def plan(trainer, data) -> str:

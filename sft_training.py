@@ -25,7 +25,7 @@ from modeling import fit_length, load_policy, load_tokenizer, train_in_float32
 from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
 from rendering import encode_demonstration, tokenize
-from run_folder import find_resume, finish, plan
+from run_folder import begin, find_resume, finish, plan
 from run_log import watch
 from user_error import UserError
 
@@ -102,6 +102,7 @@ def main(script_args, training_args, model_args):
     PartialState().print(plan(trainer, data))
     if script_args.dry_run:
         return
+    begin((script_args, training_args, model_args), checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir

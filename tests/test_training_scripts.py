@@ -142,6 +142,22 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, tmp_path):
     assert [entry["step"] for entry in log(again) if "loss" in entry] == [1, 2, 3, 4]
 
 
+def test_an_interrupted_run_is_not_resumed_with_other_arguments(base, data, tmp_path):
+    flags = {"model_name_or_path": base, "dataset_names": data, "max_steps": 2, "save_steps": 1}
+    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "output_dir": tmp_path / "sft"}
+    run_script("sft_training", **flags)
+    (tmp_path / "sft" / "run.json").unlink()
+    for changed, says in (
+        ({"learning_rate": 5e-5}, "learning_rate: 0.0002, and now 5e-05\n  resume it with the same"),
+        ({"seed": 7, "lora_r": 4}, "lora_r: left out, and now 4\n  seed: left out, and now 7"),
+        ({"gradient_accumulation_steps": 2}, "rows a step: 2, and now 4"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run_script("sft_training", **(flags | changed))
+    memory = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 2}
+    run_script("sft_training", **(flags | memory))
+
+
 class Arguments:
     resume_from_checkpoint, eval_on_start, eval_strategy, enable_jit_checkpoint = None, True, "steps", False
 
