@@ -100,6 +100,11 @@ class ModelArguments(ModelConfig):
         if self.model_name_or_path is None:
             raise UserError("--model_name_or_path is missing: give a hub id, a model folder or an adapter folder")
         super().__post_init__()
+        if self.dtype in ("bfloat16", "float16") and not self.use_peft:
+            raise UserError(
+                f"--dtype {self.dtype} with --no_use_peft: most steps of a usual size round away in 16-bit weights\n"
+                "  leave --dtype out; --bf16 computes in bfloat16 on float32 weights"
+            )
         # ModelConfig unpacks a list of one, and PEFT reads a string as a regular expression for the whole module path
         if self.lora_target_modules != "all-linear" and isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]

@@ -64,6 +64,7 @@ def test_the_tokenizer_is_not_changed_by_a_flag():
         (["--dtype", "int3"], "--dtype: invalid choice"),
         (["--warmup_ratio", "0.1"], "--warmup_steps 0.1"),
         (["--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit"),
+        (["--dtype", "bfloat16", "--no_use_peft"], "leave --dtype out; --bf16 computes in bfloat16"),
         (["--report_to", "tensorbored"], "pip install tensorbored"),
     ],
 )
