@@ -152,7 +152,7 @@ class StageParser(TrlParser):
         given = [token for file in files for token in self._read_yaml(file)] + flags
         words = [word.lower() for part in given for word in part.split("=", 1)] + ["--"]
         best = "--load_best_model_at_end" in words and words[words.index("--load_best_model_at_end") + 1] != "false"
-        if best and not any(word.startswith("--save_st") for word in words):
+        if best and not {"--save_strategy", "--save_steps"} & set(words):
             given += ["--save_strategy", "best"]  # or evaluations and checkpoints would have to fall on the same steps
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(

@@ -30,6 +30,12 @@ class PolicyAndValue(nn.Module):
         own = parameters_of(self.policy, "value") if self.value_adapter else {}
         return {"value_head.weight": self.value_head.weight} | {f"policy.{name}": p for name, p in own.items()}
 
+    def drop_policy_gradients(self) -> None:
+        critics = {id(p) for p in self.value_parameters().values()}
+        for parameter in self.parameters():
+            if id(parameter) not in critics:
+                parameter.grad = None
+
     def forward(self, prompts, answers, pad_id: int, temperature: float, policy_trains: bool = True, **options):
         """Log-probabilities and entropies of the answers' tokens, mask, and values of the states before them, all
         (rows, tokens)."""

@@ -222,11 +222,7 @@ class PPOTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, self.micro_batch(update, step), num_items_in_batch)
         if update < self.ppo.value_warmup_updates:  # without gradients: a zero would let weight decay move the policy
-            unwrapped = self.accelerator.unwrap_model(model)
-            critics = {id(p) for p in unwrapped.value_parameters().values()}
-            for parameter in unwrapped.parameters():
-                if id(parameter) not in critics:
-                    parameter.grad = None
+            self.accelerator.unwrap_model(model).drop_policy_gradients()
         per_mini_batch = self.args.gradient_accumulation_steps
         if self.ppo.target_kl is not None and self._micro_step % per_mini_batch == 0:
             self._stopped = sum(self._metrics["policy/approxkl_avg"][-per_mini_batch:]) > self.ppo.target_kl
@@ -405,14 +401,6 @@ class PPOTrainer(Trainer):
         return batch
 
     @property
-    def layout(self) -> dict:
-        """What must not change where a run is resumed: where in an update a step lies, and what is trained."""
-        ppo = self.ppo
-        return {
-            name: getattr(ppo, name) for name in ("batch_size", "num_mini_batches", "num_ppo_epochs", "value_adapter")
-        }
-
-    @property
     def exact(self) -> bool:
         """Whether all is computed in float32, so that sampling and training give the same log-probabilities."""
         policy = self.accelerator.unwrap_model(self.model).policy
@@ -494,16 +482,13 @@ class PPOTrainer(Trainer):
         critic = {name: p.detach().cpu().contiguous() for name, p in model.value_parameters().items()}
         save_file(critic, output_dir / VALUE_HEAD)
         state = {"kl_coef": self.kl_coef, "metrics": self._metrics}  # of updates that are not logged yet
-        (output_dir / STATE).write_text(json.dumps(state | self.layout) + "\n")
+        (output_dir / STATE).write_text(json.dumps(state) + "\n")
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.ppo, output_dir / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder, model = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
         state = json.loads((folder / STATE).read_text())
-        if changed := {name: was for name, was in state.items() if self.layout.get(name, was) != was}:
-            flags = " and ".join(f"{name} {value}" for name, value in changed.items())
-            raise UserError(f"{folder} is of a run with {flags}: resume with the flags that it was started with")
         if isinstance(model.policy, PeftModel):
             weights = load_peft_weights(folder, device="cpu")
             set_peft_model_state_dict(model.policy, weights, adapter_name=self.adapter)

@@ -95,17 +95,18 @@ def begin(arguments, checkpoint: str | None) -> None:
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     now["rows a step"] = batch * training_args.world_size
     now = json.loads(json.dumps(now, default=str))
-    if checkpoint and path.exists():
-        before = json.loads(path.read_text())
+    earlier = Path(checkpoint).parent / STARTED if checkpoint else path
+    if checkpoint and earlier.exists():
+        before = json.loads(earlier.read_text())
         if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
             lines = [
                 f"  {name}: {before.get(name, 'left out')}, and now {now.get(name, 'left out')}" for name in changed
             ]
             raise UserError(
-                f"{training_args.output_dir} was started with other arguments:\n" + "\n".join(lines) + "\n"
+                f"{earlier.parent} was started with other arguments:\n" + "\n".join(lines) + "\n"
                 "  resume it with the same, or add --overwrite_output_dir to train anew"
             )
-    elif training_args.process_index == 0:
+    if training_args.process_index == 0 and not (checkpoint and path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n")
 

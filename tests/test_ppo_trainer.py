@@ -289,13 +289,6 @@ def test_a_log_line_covers_updates_before_a_resume_too(saved, tmp_path):
     assert whole == resumed
 
 
-def test_a_checkpoint_is_resumed_with_its_own_flags(saved, tmp_path):
-    make_trainer(saved, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
-    trainer = make_trainer(saved, tmp_path, max_steps=3, num_ppo_epochs=2, value_adapter=True)
-    with pytest.raises(UserError, match="num_ppo_epochs 4 and value_adapter False"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
 def test_warmup_counts_updates_and_data_seed_orders_prompts(saved, tmp_path):
     trainer = make_trainer(saved, tmp_path, max_steps=4, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
     trainer.train()

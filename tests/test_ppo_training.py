@@ -55,3 +55,14 @@ def test_a_mistake_ends_a_run_before_training(saved, base, data, tmp_path, flags
             **(defaults | flags),
         )
     assert not list(output.glob("**/*.safetensors")) and not (output / "run.json").exists()
+
+
+def test_a_run_is_resumed_with_the_same_updates_and_critic(saved, data, tmp_path):
+    """A step would lie elsewhere in its update, and a critic of another kind would not find its weights."""
+    flags = {"model_name_or_path": saved["sft"], "reward_model_name_or_path": saved["reward"], "dataset_names": data}
+    flags |= {"output_dir": tmp_path / "ppo", "response_length": 8, "eval_on_start": False, "save_steps": 1}
+    run_script("ppo_training", max_steps=1, **flags)
+    (tmp_path / "ppo" / "run.json").unlink()
+    for changed in ({"num_ppo_epochs": 2}, {"value_adapter": True}, {"num_mini_batches": 2}):
+        with pytest.raises(UserError, match=f"started with other arguments:\n  {list(changed)[0]}: left out, and now"):
+            run_script("ppo_training", max_steps=1, **(flags | changed))

@@ -154,6 +154,9 @@ def test_an_interrupted_run_is_not_resumed_with_other_arguments(base, data, tmp_
     ):
         with pytest.raises(UserError, match=says):
             run_script("sft_training", **(flags | changed))
+    elsewhere = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "sft" / "checkpoint-1"}
+    with pytest.raises(UserError, match="sft was started with other arguments:\n  seed"):
+        run_script("sft_training", **(flags | elsewhere | {"seed": 7}))
     memory = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 2}
     run_script("sft_training", **(flags | memory))
 
