@@ -70,10 +70,8 @@ def start(*arguments):
 
 
 def written_since(then, folder, pattern):
-    for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile
-            if path.stat().st_mtime > then:
-                return True
+    with suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile: look again
+        return any(path.stat().st_mtime > then for path in folder.glob(pattern))
     return False
 
 
