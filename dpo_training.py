@@ -13,51 +13,16 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 `rewards/chosen` falls far below 0, the policy forgets the good answers too: lower the learning rate or raise `--beta`.
 """
 
-import math
 from functools import partial
 
-from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import fit_length, load_policy, load_tokenizer, train_in_float32
-from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
-from rendering import encode_preference, tokenize
-from run_folder import begin, find_resume, finish, plan
-from run_log import watch
-from user_error import UserError
-
-from accelerate import PartialState
-from peft import PeftModel
-from transformers import set_seed
-from trl import DPOConfig, DPOTrainer
-
-
-class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
-    """TRL's trainer on rows that are tokenised already, with its first step checked."""
-
-    checked = False
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if isinstance(self.model, PeftModel):  # without TRL's frozen copy of the start, which a next run makes anew
-            self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"])
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.checked and self.model.training and self.state.global_step == 0:
-            self.checked = True
-            # before the first update policy and reference are the same, every implicit reward 0 and the loss ln 2
-            tolerance = 1e-3 if self.model.dtype.itemsize == 4 and not (self.args.bf16 or self.args.fp16) else 0.05
-            margin = self._metrics["train"]["rewards/margins"][-1]
-            assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
-            if self.args.loss_type == ["sigmoid"] and not (
-                self.args.label_smoothing or self.args.use_weighting or self.aux_loss_enabled
-            ):
-                loss = (result[0] if return_outputs else result).item()
-                assert abs(loss - math.log(2)) < tolerance, f"the first DPO loss is {loss}, not ln 2"
-        return result
+from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
+from rlhf.models.rendering import encode_preference, tokenize
+from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
+from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.log import say, watch
+from rlhf.runs.trainers import CheckedDPOTrainer
+from rlhf.user_error import UserError
 
 
 def main(script_args, training_args, model_args):
@@ -69,8 +34,7 @@ def main(script_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
-    set_seed(training_args.seed)
-    policy, peft_config = load_policy(model_args, tokenizer)
+    policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, policy)
 
     encode = partial(
@@ -82,7 +46,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
-    PartialState().print(describe(data))
+    say(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = CheckedDPOTrainer(
@@ -95,7 +59,7 @@ def main(script_args, training_args, model_args):
     )
     train_in_float32(trainer.model)
     watch(trainer)
-    PartialState().print(plan(trainer, data))
+    say(plan(trainer, data))
     if script_args.dry_run:
         return
     begin((script_args, training_args, model_args), checkpoint)
@@ -111,6 +75,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
+    from trl import DPOConfig
+
     return StageParser((ScriptArguments, DPOConfig, ModelArguments), learning_rate=5e-6)
 
 

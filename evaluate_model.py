@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from user_error import UserError
+from rlhf.user_error import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,7 +82,8 @@ def check(args) -> None:
 
 
 def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:
-    from prepare_data import describe, load_held_out
+    from prepare_data import describe
+    from rlhf.data.loading import load_held_out
 
     evals, data = load_held_out(
         args.dataset_names or args.eval_dataset_names,
@@ -104,7 +105,7 @@ def make_folder(folder: Path) -> None:
 
 
 def load_judges(args, device) -> dict:
-    from rewards import load_reward
+    from rlhf.models.rewards import load_reward
 
     judges = {}
     for label, name in labels_of(split_names(args.reward_model_name_or_path)).items():
@@ -119,7 +120,7 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
 
     The entry is None for a prompt that the model cannot read. One model is in memory at a time, beside the baseline.
     """
-    from evaluation_answers import Contestant, answer, measure
+    from rlhf.evaluation.answers import Contestant, answer, measure
 
     asked, size = split_names(args.model_name_or_path), {"batch_size": args.per_device_eval_batch_size}
     baseline, answers, measured = None, {}, {}
@@ -144,8 +145,8 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
 
 def evaluate_models(args, device, folder: Path) -> dict:
     """The report on models: see `evaluation_tables.summarize`."""
-    from evaluation_answers import Answer, judge_all
-    from evaluation_tables import pick_best, summarize, write_pairs, write_samples
+    from rlhf.evaluation.answers import Answer, judge_all
+    from rlhf.evaluation.tables import pick_best, summarize, write_pairs, write_samples
 
     judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
     rows, data = load_rows(args, "prompt", 200)
@@ -176,12 +177,11 @@ def evaluate_models(args, device, folder: Path) -> dict:
 
 def main(args):
     check(args)
-    import environment  # noqa: F401
-    from evaluation_report import print_report, write_report
-    from evaluation_tables import reward_report
-
     import torch
     from transformers.utils.logging import disable_progress_bar
+
+    from rlhf.evaluation.report import print_report, write_report
+    from rlhf.evaluation.tables import reward_report
 
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"

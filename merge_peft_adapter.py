@@ -17,7 +17,6 @@ In float32 the former is at most 1e-4 of the largest logit; in another dtype, wh
 import argparse
 import glob
 import json
-import logging
 import os
 import platform
 import shutil
@@ -25,7 +24,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from user_error import UserError
+from rlhf.user_error import UserError
 
 # Largest |logit difference| that float32 arithmetic may cause, as a share of the largest |logit|: rounding, not error.
 TOLERANCE = 1e-4
@@ -139,14 +138,13 @@ def main(args):
             raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
         if not (output / "merge.json").exists():
             raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import complains on a CPU
-    from adapters import check_base, load_adapter, load_sum, read_config, resize_for, resolve_adapters
-    from modeling import load_merge_base, read_tokenizer
-    from rewards import STATISTICS
-
     import torch
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from rlhf.models.adapters import check_base, load_adapter, load_sum, read_config, resize_for, resolve_adapters
+    from rlhf.models.loading import load_merge_base, read_tokenizer
+    from rlhf.models.rewards import STATISTICS
 
     disable_progress_bar()
     set_verbosity_error()

@@ -16,19 +16,16 @@ high. Scores that rise with the KL running away mean that the reward model is be
 from dataclasses import dataclass, field
 from functools import partial
 
-from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import load_policy, load_tokenizer, max_positions
-from ppo_trainer import PPOConfig, PPOTrainer
 from prepare_data import describe, load_datasets
-from rendering import encode_prompt, tokenize
-from rewards import load_reward
-from run_folder import begin, find_resume, finish, plan
-from run_log import watch
-from user_error import UserError
-
-from accelerate import PartialState
-from peft import get_peft_model
-from transformers import set_seed
+from rlhf.models.loading import load_policy, load_tokenizer, max_positions
+from rlhf.models.rendering import encode_prompt, tokenize
+from rlhf.models.rewards import load_reward
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
+from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.log import say, watch
+from rlhf.user_error import UserError
 
 
 @dataclass
@@ -51,9 +48,10 @@ def main(script_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
-    set_seed(training_args.seed)
-    policy, peft_config = load_policy(model_args, tokenizer)
+    policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     if peft_config is not None:
+        from peft import get_peft_model
+
         policy = get_peft_model(policy, peft_config)
     reward_model = load_reward(script_args.reward_model_name_or_path, tokenizer, model_args, policy)
 
@@ -71,7 +69,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=min(room, script_args.max_prompt_length or room),
     )
     train, data["tokenized"] = encode(train, name="train")
-    PartialState().print(describe(data))
+    say(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = PPOTrainer(
@@ -83,7 +81,7 @@ def main(script_args, training_args, model_args):
         processing_class=tokenizer,
     )
     watch(trainer)
-    PartialState().print(plan(trainer, data))
+    say(plan(trainer, data))
     if script_args.dry_run:
         return
     begin((script_args, training_args, model_args), checkpoint)

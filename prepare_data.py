@@ -10,21 +10,17 @@ Watch: the reasons for which rows are dropped. To add a dataset, add a function 
 """
 
 import argparse
-import dataclasses
-import difflib
 import html
 import inspect
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from data_files import READERS
-from data_layouts import comparison, conversation, instruction, oasst_tree, ranks_of, trees_of
-from data_mixing import Name, describe, hold_out, mix, parse_names
-from data_rows import (
+from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of, trees_of
+from rlhf.data.loading import load_datasets
+from rlhf.data.mixing import describe
+from rlhf.data.rows import (
     SERVES,
     Demonstration,
     Preference,
@@ -37,39 +33,8 @@ from data_rows import (
     kinds_of,
     user,
 )
-from data_sources import Source, from_hub, local, registered
-from user_error import UserError
-
-DATASETS: dict[str, "Entry"] = {}
-
-
-class Entry(NamedTuple):
-    """A registered dataset: the function, where its rows are, and what `dataset` was told."""
-
-    convert: Callable
-    path: str | Callable
-    where: dict[str, str]  # the arguments of load_dataset; "{subset}" stands for what follows @ on the command line
-    splits: dict[str, tuple[str, str | None]]
-    options: dict
-
-
-def dataset(path, splits=("train", "test"), *, keep=None, regroup=None, max_pairs=None, **where):
-    """Registers a dataset under its function's name.
-
-    `path` and `where` are `load_dataset`'s arguments (or `path` is a function of split and subset that yields rows);
-    `splits` are its training and evaluation splits, a None among them means to hold out a share of the prompts, and a
-    dict gives them by task. `keep(row)` says which raw rows count, `regroup(rows)` gathers rows that belong together,
-    `max_pairs` bounds the pairs of one prompt. The function turns a raw row into one row, or yields several; its
-    return annotation says of which kinds, and thereby which tasks it serves; its docstring is its line in --list.
-    """
-
-    def register(convert):
-        by_task = splits if isinstance(splits, dict) else dict.fromkeys(SERVES, splits)
-        options = {"keep": keep, "regroup": regroup, "max_pairs": max_pairs}
-        DATASETS[convert.__name__] = Entry(convert, path, where, by_task, options)
-        return convert
-
-    return register
+from rlhf.data.sources import DATASETS, dataset
+from rlhf.user_error import UserError
 
 
 @dataset(
@@ -255,131 +220,6 @@ def demo(row) -> Iterator[Demonstration | Preference]:
     yield {"prompt": prompt, "chosen": [assistant(row["chosen"])], "rejected": [assistant(row["rejected"])]}
 
 
-def load_datasets(
-    dataset_names: str,
-    task: str,
-    *,
-    eval_dataset_names: str | None = None,
-    validation_split_percentage: float = 5.0,
-    max_eval_samples: int | None = None,
-    seed: int = 42,
-    max_bad_percentage: float = 5.0,
-) -> tuple["datasets.Dataset", dict[str, "datasets.Dataset"], dict]:  # noqa: F821 (imported where it is needed)
-    """(train, {name: evaluation rows}, report) of `--dataset_names`, for "sft", "preference" or "prompt".
-
-    Columns, each a list of {"role", "content"}: sft has prompt and completion; preference has prompt, chosen, rejected
-    (and a number `margin` when every set has it); prompt has prompt and the data's own answer as the text `reference`.
-    A text column `dataset` names the source. The report is JSON-able; `describe` makes a table of it.
-    """
-    if not 0 <= validation_split_percentage < 100:
-        raise UserError(f"--validation_split_percentage is {validation_split_percentage:g}; give 0 or more, below 100")
-    origins = {}
-    train, skipped = resolve(dataset_names, task, origins)
-    evaluate, more = resolve(eval_dataset_names, task, origins) if eval_dataset_names else (None, [])
-    rows, evals, report = mix(
-        train,
-        evaluate,
-        task,
-        percentage=validation_split_percentage,
-        max_eval_samples=max_eval_samples,
-        seed=seed,
-        max_bad_percentage=max_bad_percentage,
-    )
-    report["notes"] = skipped + [line for line in more if line not in skipped]
-    for label, entry in report["evaluation"].items():
-        if not entry["kept"]:
-            report["notes"].append(
-                f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
-            )
-    return rows, evals, report
-
-
-def load_held_out(
-    dataset_names: str,
-    task: str,
-    *,
-    whole_files: bool = False,
-    validation_split_percentage: float = 5.0,
-    max_eval_samples: int | None = None,
-    max_bad_percentage: float = 5.0,
-) -> tuple[dict[str, "datasets.Dataset"], dict]:  # noqa: F821
-    """({name: evaluation rows}, report) of names: what a training run on them would hold out, and nothing to train on.
-
-    With `whole_files` a file without test rows of its own is taken whole. `:0.1` and `#200` sample evaluation rows.
-
-    Raises:
-        UserError: if no row is left.
-    """
-    if not 0 < validation_split_percentage <= 100:
-        raise UserError(
-            f"--validation_split_percentage is {validation_split_percentage:g}; give more than 0, up to 100"
-        )
-    wanted, skipped = resolve(dataset_names, task, {})
-    evals, report = hold_out(
-        wanted,
-        task,
-        whole_files=whole_files,
-        percentage=validation_split_percentage,
-        max_eval_samples=max_eval_samples,
-        max_bad_percentage=max_bad_percentage,
-    )
-    if not evals:
-        raise UserError(
-            f"{dataset_names}: no prompt is held out there to evaluate on\n"
-            "  raise --validation_split_percentage, or name a file that was not trained on with --eval_dataset_names"
-        )
-    report["notes"] = skipped + [
-        f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
-    ]
-    return evals, report
-
-
-def resolve(names: str, task: str, origins: dict[str, str]) -> tuple[list[tuple[Source, Name]], list[str]]:
-    """The sources that serve the task with what is wanted of them, and a line for each name that does not.
-
-    `origins` keeps the labels apart: two files of one name get two labels, one file named twice a single one.
-    """
-    usable, skipped = {}, []
-    for name in parse_names(names):
-        source = source_of(name)
-        label, number = source.label, 1
-        while origins.setdefault(label, source.origin) != source.origin:
-            number += 1
-            label = f"{source.label}_{number}"
-        if kind_for(task, source.kinds) is None:
-            tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
-            skipped.append(f"{name.name} serves {tasks}, not {task}: skipped")
-        elif label in usable:
-            raise UserError(
-                f"{name.name} is named twice\nname a dataset once; :0.5 or #5000 says how much of it to take"
-            )
-        else:
-            usable[label] = dataclasses.replace(source, label=label), name
-    if not usable:
-        able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
-        raise UserError(f"{skipped[0].removesuffix(': skipped')}\nfor {task} use one of {able}")
-    return list(usable.values()), skipped
-
-
-def source_of(name: Name) -> Source:
-    """The source behind a name: a registered dataset, a file or folder, or a hub id."""
-    if name.name in DATASETS:
-        return registered(DATASETS[name.name], name.subset)
-    path = Path(name.name).expanduser()
-    if os.path.exists(path):
-        return local(path, name.subset)
-    if path.suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~")):
-        raise UserError(f"{name.name}: there is no such file or folder")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name.name):
-        return from_hub(name.name, name.subset)
-    near = difflib.get_close_matches(name.name, DATASETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise UserError(
-        f"unknown dataset {name.name!r}\n{hint}known are {', '.join(DATASETS)}\n"
-        "or give a file (path/to/rows.jsonl), a folder, or a hub id (owner/name)"
-    )
-
-
 def export(train, evals: dict, folder: Path):
     """Writes train.jsonl, and test.jsonl with all evaluation rows, which `load_dataset(folder)` reads back."""
     from datasets import concatenate_datasets
@@ -416,8 +256,8 @@ def preview(rows, count: int) -> str:
 
 def show_with_model(train, report: dict, args):
     """The table with tokens, lengths, and rows just as the model's tokenizer and template will have them."""
-    from modeling import load_tokenizer
-    from preview import limits, measure, show_row
+    from rlhf.models.loading import load_tokenizer
+    from rlhf.models.preview import limits, measure, show_row
 
     tokenizer = load_tokenizer(args.model_name_or_path)
     allowed = limits(args.task, args.max_length, args.max_prompt_length)

@@ -14,19 +14,16 @@ Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human pr
 from dataclasses import dataclass, field
 from functools import partial
 
-from command_line import ModelArguments, ScriptArguments, StageParser, run
-from modeling import fit_length, load_tokenizer, new_reward_model, train_in_float32
-from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
-from rendering import encode_preference, tokenize
-from rewards import store_statistics
-from rollout import score
-from run_folder import begin, find_resume, finish, plan
-from run_log import watch
-from user_error import UserError
-
-from accelerate import PartialState
-from trl import RewardConfig, RewardTrainer
+from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
+from rlhf.models.rendering import encode_preference, tokenize
+from rlhf.models.rewards import store_statistics
+from rlhf.models.rollout import score
+from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
+from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.log import say, watch
+from rlhf.runs.trainers import CheckedRewardTrainer
+from rlhf.user_error import UserError
 
 
 @dataclass
@@ -35,10 +32,6 @@ class RewardScriptArguments(ScriptArguments):
         default=False,
         metadata={"help": "Ask for a lead of at least the data's own margin (where all datasets have one)."},
     )
-
-
-class NamedRewardTrainer(NamedEvaluation, RewardTrainer):
-    pass
 
 
 def join_prompt(row):
@@ -69,13 +62,13 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
-    PartialState().print(describe(data))
+    say(describe(data))
     train = train.map(join_prompt, remove_columns="prompt_ids")
     evals = {
         name: encode(rows, name=name)[0].map(join_prompt, remove_columns="prompt_ids") for name, rows in evals.items()
     }
 
-    trainer = NamedRewardTrainer(
+    trainer = CheckedRewardTrainer(
         model=reward_model,
         args=training_args,
         train_dataset=train,
@@ -85,7 +78,7 @@ def main(script_args, training_args, model_args):
     )
     train_in_float32(trainer.model)
     watch(trainer)
-    PartialState().print(plan(trainer, data))
+    say(plan(trainer, data))
     if script_args.dry_run:
         return
     begin((script_args, training_args, model_args), checkpoint)
@@ -110,6 +103,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
+    from trl import RewardConfig
+
     return StageParser((RewardScriptArguments, RewardConfig, ModelArguments), learning_rate=1e-4)
 
 

@@ -19,19 +19,15 @@ Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while 
 from dataclasses import dataclass, field
 from functools import partial
 
-from command_line import ModelArguments, ScriptArguments, StageParser, run
-from generation_metric import GeneratedRouge, Patience
-from modeling import fit_length, load_policy, load_tokenizer, train_in_float32
-from named_evaluation import NamedEvaluation
 from prepare_data import describe, load_datasets
-from rendering import encode_demonstration, tokenize
-from run_folder import begin, find_resume, finish, plan
-from run_log import watch
-from user_error import UserError
-
-from accelerate import PartialState
-from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
+from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
+from rlhf.models.rendering import encode_demonstration, tokenize
+from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
+from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.log import say, watch
+from rlhf.runs.trainers import CheckedSFTTrainer
+from rlhf.user_error import UserError
 
 
 @dataclass
@@ -52,12 +48,6 @@ class SFTScriptArguments(ScriptArguments):
             )
 
 
-class CheckedSFTTrainer(NamedEvaluation, GeneratedRouge, SFTTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-
 def main(script_args, training_args, model_args):
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
     if (training_args.packing or training_args.eval_packing) and "flash" not in (model_args.attn_implementation or ""):
@@ -69,8 +59,7 @@ def main(script_args, training_args, model_args):
     train, evals, data = load_datasets(
         script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
     )
-    set_seed(training_args.seed)
-    policy, peft_config = load_policy(model_args, tokenizer)
+    policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, policy)
 
     encode = partial(
@@ -82,7 +71,7 @@ def main(script_args, training_args, model_args):
         max_prompt_length=script_args.max_prompt_length,
     )
     train, data["tokenized"] = encode(train, name="train")
-    PartialState().print(describe(data))
+    say(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = CheckedSFTTrainer(
@@ -95,11 +84,12 @@ def main(script_args, training_args, model_args):
     )
     train_in_float32(trainer.model)
     if script_args.generate_eval_samples:
-        trainer.generate_at_evaluations(script_args.generate_eval_samples, script_args.generate_eval_length)
+        samples, length = script_args.generate_eval_samples, script_args.generate_eval_length
+        trainer.more_metrics = GeneratedRouge(trainer, samples, length)
     if script_args.early_stopping_patience:
         trainer.add_callback(Patience(script_args.early_stopping_patience))
     watch(trainer)
-    PartialState().print(plan(trainer, data))
+    say(plan(trainer, data))
     if script_args.dry_run:
         return
     begin((script_args, training_args, model_args), checkpoint)
@@ -118,6 +108,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
+    from trl import SFTConfig
+
     return StageParser((SFTScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
 
 

@@ -71,13 +71,13 @@ def warm_memory(size: int = 3 << 30) -> None:
 
 def measure(line: str, folder: Path) -> None:
     """One measurement, printed as JSON: seconds, seconds of verification, and megabytes above the start."""
-    import fingerprints
-    import merge_peft_adapter
-    import modeling  # noqa: F401  what the merge imports
-
     import torch
     from peft import PeftModel  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    import merge_peft_adapter
+    import rlhf.models.loading  # noqa: F401  what the merge imports
+    from rlhf.models import fingerprints
 
     apart = [0.0]
 

@@ -49,12 +49,12 @@ def train_trl(folder: Path, seed: int) -> None:
 
 def gold(model, seed: int, samples: int) -> float:
     """Mean gold score of a model's answers, `samples` to each of the held-out prompts of the demo's world."""
-    from modeling import load_frozen_policy, load_tokenizer
-    from rendering import token_ids
-    from rollout import generate
-
     import demo_world
     import torch
+
+    from rlhf.models.loading import load_frozen_policy, load_tokenizer
+    from rlhf.models.rendering import token_ids
+    from rlhf.models.rollout import generate
 
     tokenizer = load_tokenizer(f"saved/demo_{seed}/sft")
     policy = load_frozen_policy(str(model), tokenizer)
@@ -73,11 +73,10 @@ def gold(model, seed: int, samples: int) -> float:
 def main(args):
     if args.train_trl:
         return train_trl(Path(args.train_trl), args.seeds[0])
-    import environment  # noqa: F401
     import merge_peft_adapter
-    from modeling import load_tokenizer
     from prepare_data import load_datasets
-    from rendering import encode_prompt, tokenize
+    from rlhf.models.loading import load_tokenizer
+    from rlhf.models.rendering import encode_prompt, tokenize
 
     print(f"{'seed':6}{'SFT':>8}{'PPO here':>10}{'PPO of TRL':>12}")
     for seed in args.seeds:

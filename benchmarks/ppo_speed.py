@@ -104,19 +104,19 @@ def settings(folder: Path, run: dict, micro: int) -> dict:
 
 
 def ours(folder: Path, shape: dict, micro: int):
-    import environment  # noqa: F401
-    from command_line import ModelArguments
-    from modeling import load_policy, load_tokenizer
-    from ppo_trainer import PPOConfig, PPOTrainer
-    from rewards import load_reward
-
     from datasets import Dataset
     from peft import get_peft_model
+
+    from rlhf.models.loading import load_policy, load_tokenizer
+    from rlhf.models.rewards import load_reward
+    from rlhf.ppo.config import PPOConfig
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.runs.command_line import ModelArguments
 
     run = shape["run"]
     model_args = ModelArguments(model_name_or_path=str(folder / "base"), lora_r=16, lora_alpha=32)
     tokenizer = load_tokenizer(str(folder / "base"))
-    policy, peft_config = load_policy(model_args, tokenizer)
+    policy, peft_config = load_policy(model_args, tokenizer, 0)
     policy = get_peft_model(policy, peft_config)
     rows = prompts(shape["config"]["vocab_size"], run["batch"] * run["updates"])
     trainer = PPOTrainer(
@@ -172,10 +172,10 @@ def measure(who: str, folder: Path, shape: dict, micro: int) -> None:
 
 def floor(folder: Path, shape: dict, micro: int) -> None:
     """The matrix products of one update, counted as it runs, and the seconds that they take at this machine's rate."""
-    from fast_linear import product
-
     import torch
     from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+    from rlhf.models.fast_linear import product
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def linear_flop(x, weight, *args, out_shape, **kwargs):

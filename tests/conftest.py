@@ -6,8 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
-import environment  # noqa: F401
-
 import pytest
 import torch
 

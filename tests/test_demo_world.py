@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples import demo_world
 from examples.demo_world import gold_parts, gold_score
-
-import pytest
 
 PROMPT = "What a fog today! I am Ada. Where can I get a rain hat?"
 BEST = (

@@ -11,16 +11,16 @@ import time
 from itertools import product
 from types import SimpleNamespace
 
-import evaluate_model
-import evaluation_answers
-from evaluation_answers import Answer, Contestant, read, stored_answers, token_kl
-from prepare_data import load_datasets
-from user_error import UserError
-
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, run_script
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import evaluate_model
+from prepare_data import load_datasets
+from rlhf.evaluation import answers as evaluation_answers
+from rlhf.evaluation.answers import Answer, Contestant, read, stored_answers, token_kl
+from rlhf.user_error import UserError
+from tests.conftest import ROOT, make_tokenizer, run_script
 
 SHARED = ROOT.parent / "shared"
 

@@ -7,12 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import merge_peft_adapter
-from merge_peft_adapter import main, make_parser
-from modeling import load_frozen_policy, load_reward_model, load_tokenizer
-from tests.conftest import make_tokenizer, run_script
-from user_error import UserError
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -25,6 +19,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+import merge_peft_adapter
+from merge_peft_adapter import main, make_parser
+from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
+from rlhf.user_error import UserError
+from tests.conftest import make_tokenizer, run_script
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

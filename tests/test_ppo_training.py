@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tests.conftest import run_script
-from user_error import UserError
-
 import pytest
 from transformers import AutoModelForSequenceClassification
+
+from rlhf.user_error import UserError
+from tests.conftest import run_script
 
 RAISES = """
 def nan(prompts, completions, **columns):

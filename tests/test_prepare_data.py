@@ -15,15 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prepare_data
-from data_cache import prepare
-from data_rows import COLUMNS, SERVES, kind_for
-from data_sources import located, registered
-from prepare_data import DATASETS, describe, load_datasets
-from user_error import UserError
-
 import datasets
 import pytest
+
+import prepare_data
+from prepare_data import DATASETS, describe, load_datasets
+from rlhf.data.cache import prepare
+from rlhf.data.rows import COLUMNS, SERVES, kind_for
+from rlhf.data.sources import located, registered
+from rlhf.user_error import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "tests" / "samples"

@@ -9,17 +9,17 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-import dpo_training
-from fingerprints import tokenizer_sha256
-from run_folder import find_resume
-from sft_training import CheckedSFTTrainer
-from user_error import UserError
-
 import pytest
 import torch
-from conftest import run_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+
+import dpo_training
+from rlhf.models.fingerprints import tokenizer_sha256
+from rlhf.runs.folder import find_resume
+from rlhf.user_error import UserError
+from sft_training import CheckedSFTTrainer
+from tests.conftest import run_script
 
 
 def log(folder):

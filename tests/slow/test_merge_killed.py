@@ -8,14 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from fingerprints import weights_sha256
-from merge_peft_adapter import main, make_parser
-from tests.conftest import ROOT, make_tokenizer
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from merge_peft_adapter import main, make_parser
+from rlhf.models.fingerprints import weights_sha256
+from tests.conftest import ROOT, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 from fnmatch import fnmatch
 
-from run_folder import is_complete
-from tests.conftest import run_script
-
 import pytest
+
+from rlhf.runs.folder import is_complete
+from tests.conftest import run_script
 
 # each start is a fork of a process that has imported all: only the work itself is left to be killed
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -1,0 +1,221 @@
+"""Prepared rows on disk: read, cleaned and checked once, memory-mapped ever after.
+
+A prepared part is a folder with rows.arrow (the task's columns and three hashes of each row) and report.json (how many
+were read, kept and dropped). Its name is a hash of the source, the task and the code, so that no stale rows are used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.data.rows import COLUMNS, SOUND, BadRow, Skip, clean, kind_for, kind_of, problem_with, views
+from rlhf.data.sources import Source
+from rlhf.user_error import UserError
+
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 26  # what is held in memory before it is written
+
+
+@functools.cache
+def code_text() -> str:
+    """The code that shapes rows: when it changes, no cached rows are used."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("cache", "files", "layouts", "rows")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextlib.contextmanager
+def alone(lock_file: Path, label: str):
+    """Holds the lock; says so when that means to wait for another process."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=10)
+    except Timeout:
+        print(f"waiting for another process that prepares {label}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def prepare(source: Source, task: str, side: str, max_bad_percentage: float):
+    """(rows, report) of one side of a source, or None; prepared once, whoever asks, and cached on disk.
+
+    Of several processes one works while the others wait at a file lock. No collective is under way meanwhile, so no
+    process group can time out, however long it takes.
+    """
+    from datasets import Dataset, config
+    from datasets.table import MemoryMappedTable
+
+    opened = source.open(task, side)
+    if opened is None:
+        return None
+    identity, rows = opened
+    what = [identity, source.label, task, source.code, code_text()]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    cache = Path(config.HF_DATASETS_CACHE) / "rows"
+    folder = cache / key
+    if not folder.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with alone(cache / f"{key}.lock", source.label):
+                if not folder.exists():
+                    work = cache / f"{key}.unfinished"
+                    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                    work.mkdir()
+                    report = write_rows(source, task, rows, work / "rows.arrow")
+                    (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
+                    os.replace(work, folder)  # at once: no reader ever sees half of it
+        except OSError as error:
+            raise UserError(f"{cache}: {error.strerror}\nset HF_DATASETS_CACHE to a folder with room") from error
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    refuse_bad(source.label, report, max_bad_percentage)
+    return Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=key), report
+
+
+def refuse_bad(label: str, report: dict, max_bad_percentage: float):
+    """Raises a UserError when nothing is left, or when more rows are broken than the user lets pass."""
+    reasons = sorted(report["dropped"], key=report["dropped"].get, reverse=True)
+    first = report["first"]
+    where = [f"{reason} {report['dropped'][reason]:,} (first: {first.get(reason, '?')})" for reason in reasons[:3]]
+    reasons = ", ".join(where) or "it is empty"
+    if not report["rows"]:
+        raise UserError(f"{label}: none of {report['read']:,} rows can be used: {reasons}")
+    if 100 * report["bad"] > max_bad_percentage * report["read"]:
+        raise UserError(
+            f"{label}: {report['bad']:,} of {report['read']:,} rows are broken: {reasons}\n"
+            f"mend the data, or let more than {max_bad_percentage:g} % pass with --max_bad_percentage"
+        )
+
+
+def usable_rows(source: Source, task: str, raw) -> Iterator[dict | Skip]:
+    """The task's rows of one raw row, and a Skip for each that had to be left out."""
+    kind = kind_for(task, source.kinds)
+    try:
+        if isinstance(raw, Skip):
+            raise raw
+        if source.keep and not source.keep(raw):
+            raise Skip("set aside by the dataset's own rule")
+        converted = source.convert(raw)
+        for row in [converted] if isinstance(converted, dict) else converted:
+            if kind_of(row) is kind:
+                yield from checked(row, task, kind)
+    except Skip as skip:
+        yield skip
+    except KeyError as error:
+        yield BadRow(f"no column {error}")
+    except (TypeError, AttributeError, ValueError, IndexError):
+        yield BadRow("a column of the wrong type")
+
+
+def checked(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
+    try:
+        for view in views(clean(row), task, kind):
+            problem = None if isinstance(view, Skip) else problem_with(view)
+            yield view if problem is None else (Skip if problem in SOUND else BadRow)(problem)
+    except Skip as skip:  # of this row alone: its siblings in the same raw row go on
+        yield skip
+
+
+def digest(*parts: bytes) -> bytes:
+    """64 bits are enough: among ten million rows the odds of any two sharing them are one in 370,000."""
+    return hashlib.blake2b(b"\x1d".join(parts), digest_size=8).digest()
+
+
+def as_bytes(messages) -> bytes:
+    return "\x1e".join([f"{message['role']}\x1f{message['content']}" for message in messages]).encode()
+
+
+def hashes(row: dict, answers: list[str]) -> dict[str, bytes]:
+    """Hashes of the whole row, of its prompt, and of the conversation's opening.
+
+    Rows that share an opening stay on one side of the split: the later turns of one dialogue, the branches of one tree
+    and the pairs of one prompt all do. A text without a prompt is its own.
+    """
+    prompt = as_bytes(row["prompt"])
+    whole = digest(prompt, *(as_bytes(row[column]) for column in answers))
+    opening = next((message["content"].encode() for message in row["prompt"] if message["role"] == "user"), None)
+    return {
+        "row_hash": whole,
+        "prompt_hash": digest(prompt) if prompt else whole,
+        "opening_hash": digest(opening) if opening else whole,
+    }
+
+
+def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
+    """Writes the usable rows as an Arrow stream; returns how many were read, kept and dropped, and where first."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    texts = [column for column in COLUMNS[task] if column != "reference"]
+    answers = [column for column in texts if column != "prompt"]
+    others = {"preference": [("margin", pa.float64())], "prompt": [("reference", pa.string())], "sft": []}[task]
+    others += [("score", pa.float64()), ("dataset", pa.string())]
+    keys = [(name, pa.uint64()) for name in ("row_hash", "prompt_hash", "opening_hash")]
+    schema = pa.schema([(column, pa.list_(message)) for column in texts] + others + keys)
+
+    def message_lists(lists):  # (rows, turns): three flat arrays are many times faster than a list of dicts
+        ends = [0]
+        for messages in lists:
+            ends.append(ends[-1] + len(messages))
+        flat = [
+            pa.array([turn[key] for messages in lists for turn in messages], pa.string())
+            for key in ("role", "content")
+        ]
+        return pa.ListArray.from_arrays(
+            pa.array(ends, pa.int32()), pa.StructArray.from_arrays(flat, fields=list(message))
+        )
+
+    def flush():
+        columns = [message_lists([row[column] for row in batch]) for column in texts]
+        columns += [pa.array([row.get(name) for row in batch], kind) for name, kind in others]
+        columns += [pa.array([int.from_bytes(row[name], "little") for row in batch], kind) for name, kind in keys]
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+        batch.clear()
+
+    counts, dropped, first, batch, characters = Counter(), Counter(), {}, [], 0
+    content = hashlib.sha256()
+    step = 0.5 if sys.stderr.isatty() else 30  # seconds between the bar's updates
+    rows = source.regroup(open_rows()) if source.regroup else open_rows()
+    bar = tqdm(rows, desc=f"preparing {source.label}", unit=" rows", delay=3, mininterval=step, leave=False)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for place, raw in bar:
+            counts["read"] += 1
+            made = 0
+            for row in usable_rows(source, task, raw):
+                made += 1
+                if isinstance(row, Skip):
+                    dropped[str(row)] += 1
+                    counts["bad"] += isinstance(row, BadRow)
+                    first.setdefault(str(row), place)
+                    continue
+                row |= hashes(row, answers) | {"dataset": source.label}
+                content.update(row["row_hash"])
+                counts["rows"] += 1
+                batch.append(row)
+                characters += sum(len(turn["content"]) for column in texts for turn in row[column])
+                if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+                    flush()
+                    characters = 0
+            if not made:
+                dropped[f"nothing for {task}"] += 1
+            counts["extra"] += max(made - 1, 0)
+        flush()
+    return {
+        "read": counts["read"],
+        "extra": counts["extra"],
+        "rows": counts["rows"],
+        "bad": counts["bad"],
+        "dropped": dict(dropped),
+        "first": first,
+        "fingerprint": content.hexdigest()[:16],
+    }

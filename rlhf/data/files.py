@@ -1,0 +1,197 @@
+"""Reading rows from files: .jsonl .json .csv .parquet, .gz of the first three, and folders of them.
+
+Every reader yields (place, row), the place as "file:line"; a line that is merely broken comes as a BadRow in the row's
+stead, and a file that cannot be right raises UserError. No reader holds more than a few rows at a time.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.data.rows import BadRow
+from rlhf.user_error import UserError
+
+CHUNK = 1 << 20  # characters that the JSON reader takes at a time
+# words in a file's name (or its folder's) that keep it out of training; of these, the first kind found is evaluated on
+HELD_OUT = (("validation", "valid", "val", "eval", "dev"), ("test",))
+
+
+def read_file(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of one file with their places."""
+    packed = path.suffix == ".gz"
+    reader = READERS[path.with_suffix("").suffix if packed else path.suffix]
+    line = 0
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as stream:
+            for line, row in reader(stream, path):
+                if isinstance(row, str):
+                    row = {"prompt": row}  # a list of bare strings is a list of prompts
+                usable = isinstance(row, (dict, BadRow))
+                yield f"{path}:{line}", row if usable else BadRow("not a JSON object")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: the .gz file is cut short or damaged after line {line} ({error})\ncopy or download it again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def json_lines(stream, path) -> Iterator[tuple[int, object]]:
+    """One JSON value a line; a file that is not so laid out is read as JSON over several lines."""
+    head, parsed = [], []
+    lines = text_lines(stream, path)
+    for number, line in lines:
+        head.append((number, line))
+        if line.strip():
+            parsed.append(parse(line))
+        if len(parsed) == 3:
+            break
+    if parsed and (isinstance(parsed[0], list) or all(isinstance(row, BadRow) for row in parsed)):
+        stream.seek(0)
+        yield from json_values(stream, path)
+        return
+    for number, line in head:
+        if line.strip():
+            yield number, parse(line)
+    for number, line in lines:
+        if not line.isspace():
+            yield number, parse(line)
+
+
+def parse(line: str):
+    """The line's JSON value, or a BadRow."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # ValueError also covers integers of more than 4,300 digits
+        return BadRow("broken JSON")
+
+
+def json_values(stream, path) -> Iterator[tuple[int, object]]:
+    """JSON values one after another, or the elements of one list, whatever the line breaks."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    scan = json.JSONDecoder().raw_decode
+    text, position, line, in_list, closed, wanted = "", 0, 1, False, False, CHUNK
+    ended = False
+
+    def more():
+        nonlocal text, position, ended
+        chunk = stream.read(wanted)
+        ended = not chunk
+        try:
+            text, position = text[position:] + decode(chunk, final=ended), 0
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, line + text.count("\n", position) + chunk[: error.start].count(b"\n")) from error
+
+    more()
+    if text.lstrip()[:1] == "[":
+        in_list, position = True, text.index("[") + 1
+        line += text.count("\n", 0, position)
+    while True:
+        gap = re.compile(r"[\s,\]]*" if in_list else r"\s*").match(text, position)
+        line += gap.group().count("\n")
+        closed = "]" in gap.group() or (closed and gap.end() == len(text))
+        position = gap.end()
+        if position == len(text):
+            if ended:
+                break
+            more()
+            continue
+        try:
+            row, end = scan(text, position)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            place = getattr(error, "pos", position)
+            if not ended and (reason.startswith("Unterminated") or place > len(text) - 16):
+                wanted *= 2  # the value goes on: a doubled step keeps one huge value from being scanned too often
+                more()
+                continue
+            line += text.count("\n", position, place)
+            raise UserError(
+                f"{path}:{line}: broken JSON ({reason})\nmend it there, or write one object a line"
+            ) from error
+        yield line, row
+        line += text.count("\n", position, end)
+        position, wanted = end, CHUNK
+    if in_list and not closed:
+        raise UserError(f"{path}:{line}: the file ends inside its list\ncopy or download it again")
+
+
+def csv_rows(stream, path) -> Iterator[tuple[int, object]]:
+    """A row for each record below the header; a cell that holds a JSON list of messages is parsed."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131 KB
+    reader = csv.DictReader((line for _, line in text_lines(stream, path)), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                yield reader.line_num, BadRow("cells do not match the header")
+            else:
+                yield reader.line_num, {k: parse(v) if v.startswith(("[{", '["')) else v for k, v in row.items()}
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.reader.line_num}: broken CSV ({error})\nis a quotation mark left open?"
+        ) from error
+
+
+def parquet_rows(stream, path) -> Iterator[tuple[int, object]]:
+    """The rows of a Parquet file; the number is the row's, counted from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=500):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+READERS = {".jsonl": json_lines, ".json": json_values, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
+def text_lines(stream, path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a UTF-8 file, without its byte order mark."""
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, number) from error
+
+
+def not_utf8(path, line: int) -> UserError:
+    return UserError(f"{path}:{line}: not UTF-8 text\nconvert it, for example with: iconv -f latin1 -t utf-8")
+
+
+def is_data(path: Path) -> bool:
+    """Whether the name is one that `read_file` reads."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix in READERS and not (suffix == ".parquet" and path.suffix == ".gz")
+
+
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """{"train": files, "test": files} of a file or folder; a single file is all "train", to be split by prompt."""
+    formats = f"{' '.join(READERS)} and .gz of them"
+    if path.is_file():
+        if not is_data(path):
+            raise UserError(f"{path}: cannot tell its format by its name\nread are {formats}")
+        return {"train": [path], "test": []}
+    hidden = ("dataset_info", "dataset_infos", "state")  # what `datasets` writes beside the data
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and is_data(file) and file.stem not in hidden and not file.name.startswith(".")
+    )
+    if not files:
+        raise UserError(f"{path}: a folder without data\nread are {formats}")
+    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(path)).lower())) for file in files}
+    held_out = [[file for file in files if words[file] & set(kind)] for kind in HELD_OUT]
+    train = [file for file in files if not any(file in group for group in held_out)]
+    return {"train": train, "test": next((group for group in held_out if group), [])}

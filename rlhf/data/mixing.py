@@ -1,0 +1,215 @@
+"""From names to one training set and its evaluation sets: split, sampled, freed of duplicates, shuffled.
+
+No random generator is involved: a hash of the conversation's opening decides the split, a hash of the row and the seed
+decides sampling and order. So every rank, run and machine agrees, and adding a dataset moves no row of another between
+training and evaluation.
+"""
+
+import textwrap
+
+from rlhf.data.cache import prepare
+from rlhf.data.names import Name
+from rlhf.data.rows import COLUMNS
+from rlhf.data.sources import Source
+from rlhf.user_error import UserError
+
+SAMPLE, ORDER, EVALUATE = 1, 2, 3  # salts: were sampling and order to share one, a sample would come first in the mix
+
+
+def earlier_with_same(keys):
+    """For each element how many equal ones stand before it: 0 marks the first of its kind."""
+    import numpy as np
+
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]]) if len(keys) else np.array([], int)
+    count = np.empty(len(keys), np.int64)
+    count[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
+    return count
+
+
+def scramble(keys, seed: int, salt: int):
+    """Well mixed 64-bit numbers of hashes and a seed (splitmix64): sorting by them is a seeded shuffle."""
+    import numpy as np
+
+    z = keys.astype(np.uint64) + np.uint64(((seed * 4 + salt) * 0x9E3779B97F4A7C15) % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Part:
+    """Rows of one prepared source with their hashes, and which of them are still in (`index`)."""
+
+    def __init__(self, source: Source, task: str, prepared):
+        import numpy as np
+
+        self.source, (self.rows, self.report) = source, prepared
+        table = self.rows.data
+        self.hash = {name: table.column(f"{name}_hash").to_numpy() for name in ("row", "prompt", "opening")}
+        self.dropped, self.set_aside = dict(self.report["dropped"]), {}
+        self.index = np.arange(len(self.rows))
+        self.drop("duplicate", earlier_with_same(self.hash["row"]) > 0)
+        # of a prompt's answers the one with the highest score, where there are scores, stands for it
+        score = np.nan_to_num(table.column("score").to_numpy(), nan=0.0)[self.index]
+        best_first = np.argsort(-score, kind="stable")
+        another = np.empty(len(self.index), bool)
+        another[best_first] = earlier_with_same(self.of("prompt")[best_first]) > 0
+        if task == "prompt":
+            self.drop("prompt seen before", another)
+        elif task == "sft" and table.column("score").null_count < len(self.rows):
+            self.drop("not its prompt's best answer", another)
+        if task == "preference" and source.max_pairs:
+            cap = source.max_pairs
+            self.drop(f"more than {cap} pairs of a prompt", earlier_with_same(self.hash["prompt"][self.index]) >= cap)
+
+    def of(self, name: str):
+        """The hashes of the rows that are still in."""
+        return self.hash[name][self.index]
+
+    def drop(self, reason: str, mask, counts: dict | None = None):
+        """Takes rows out and counts them: as dropped, or in `counts`."""
+        counts = self.dropped if counts is None else counts
+        if mask.any():
+            counts[reason] = counts.get(reason, 0) + int(mask.sum())
+        self.index = self.index[~mask]
+
+    def split(self, side: str, percentage: float):
+        """Leaves one side of a split by prompt; no seed decides it, so that every stage holds out the same prompts."""
+        held_out = scramble(self.of("opening"), 0, 0).astype(float) / 2.0**64 < percentage / 100
+        if side == "train":
+            self.drop("held out for evaluation", held_out, self.set_aside)
+        else:
+            self.drop("trained on", ~held_out, self.set_aside)
+
+    def take(self, wanted: Name, seed: int, salt: int = SAMPLE):
+        """Keeps the wanted fraction or count; a smaller sample is always part of a larger one."""
+        import numpy as np
+
+        size = len(self.index)
+        if wanted.fraction is not None:
+            size = max(1, int(wanted.fraction * size + 0.5))
+        size = min(size, size if wanted.count is None else wanted.count)
+        left_out = np.ones(len(self.index), bool)
+        left_out[np.argsort(scramble(self.of("row"), seed, salt), kind="stable")[:size]] = False
+        self.drop("not sampled", left_out, self.set_aside)
+
+
+def part_of(source: Source, task: str, side: str, max_bad_percentage: float) -> Part | None:
+    prepared = prepare(source, task, side, max_bad_percentage)
+    return prepared and Part(source, task, prepared)
+
+
+def evaluation_part(source: Source, task: str, whole: bool, percentage: float, max_bad_percentage: float) -> Part:
+    """The rows to evaluate a source on: its test side, or what the split holds out, or with `whole` all there is."""
+    rows = part_of(source, task, "test", max_bad_percentage)
+    if rows is None:
+        rows = part_of(source, task, "train", max_bad_percentage)
+        if not whole:
+            rows.split("test", percentage)
+    return rows
+
+
+def hold_out(wanted: list, task: str, *, whole_files: bool, percentage, max_eval_samples, max_bad_percentage):
+    """({label: evaluation rows}, report) of a list of (Source, Name): just what `mix` keeps out of training."""
+    evals, report = {}, {"datasets": {}, "evaluation": {}}
+    for source, name in wanted:
+        rows = evaluation_part(source, task, whole_files and source.is_file, percentage, max_bad_percentage)
+        for part in (name, Name("", count=max_eval_samples)):
+            rows.take(part, 0, EVALUATE)  # the same rows under every seed, comparable
+        report["evaluation"][source.label] = account(rows)
+        if len(rows.index):
+            evals[source.label] = rows.rows.select_columns([*COLUMNS[task], "dataset"]).select(rows.index)
+    return evals, report
+
+
+def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_samples, seed, max_bad_percentage):
+    """(training rows, {label: evaluation rows}, report) of lists of (Source, Name).
+
+    Without `evaluate` every training set is evaluated on: on its own test side, or on what the split holds out.
+    """
+    import numpy as np
+    from datasets import concatenate_datasets
+
+    report = {"task": task, "seed": seed, "validation_split_percentage": percentage, "datasets": {}, "evaluation": {}}
+    trained = {source.label: part_of(source, task, "train", max_bad_percentage) for source, _ in train}
+    empty = next((source for source, _ in train if trained[source.label] is None), None)
+    if empty:
+        raise UserError(
+            f"{empty.origin.strip()}: only test rows, none to train on\nname a file in it to train on that"
+        )
+    tests = {}
+    for source, _ in train if evaluate is None else evaluate:
+        # a file that is named for evaluation alone is evaluated on whole
+        whole = source.is_file and source.label not in trained
+        tests[source.label] = evaluation_part(source, task, whole, percentage, max_bad_percentage)
+    # the rows that an evaluation leaves out for brevity count as seen too: its size must not change what is trained on
+    seen = np.concatenate([rows.of("prompt") for rows in tests.values()]) if tests else np.array([], np.uint64)
+
+    for source, name in train:
+        rows = trained[source.label]
+        if source.open(task, "test") is None:
+            rows.split("train", percentage)
+        rows.drop("prompt is in an evaluation set", np.isin(rows.of("prompt"), seen))
+        rows.take(name, seed)
+    unique = "prompt" if task == "prompt" else "row"
+    again = earlier_with_same(np.concatenate([rows.of(unique) for rows in trained.values()])) > 0
+    for rows in trained.values():
+        mine, again = again[: len(rows.index)], again[len(rows.index) :]
+        rows.drop("in a set named before", mine)
+
+    total = sum(len(rows.index) for rows in trained.values())
+    for label, rows in trained.items():
+        report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
+        if not len(rows.index):
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
+            raise UserError(f"{label}: no row is left to train on: {reasons}")
+    parts = list(trained.values())
+    starts = np.cumsum([0] + [len(rows.rows) for rows in parts[:-1]])
+    index = np.concatenate([rows.index + start for rows, start in zip(parts, starts, strict=True)])
+    order = np.argsort(scramble(np.concatenate([rows.of("row") for rows in parts]), seed, ORDER), kind="stable")
+    columns = [*COLUMNS[task], "dataset"]
+    tables = [rows.rows.data for rows in [*parts, *tests.values()]]
+    if task == "preference" and all(table.column("margin").null_count == 0 for table in tables):
+        columns.insert(-1, "margin")
+    mixture = concatenate_datasets([rows.rows.select_columns(columns) for rows in parts]).select(index[order])
+
+    evals = {}
+    for (label, rows), (_, name) in zip(tests.items(), evaluate or train, strict=True):
+        if evaluate is not None:
+            rows.take(name, 0, EVALUATE)
+        rows.take(Name("", count=max_eval_samples), 0, EVALUATE)  # the same rows under every seed, comparable
+        report["evaluation"][label] = account(rows)
+        if len(rows.index):
+            evals[label] = rows.rows.select_columns(columns).select(rows.index)
+    return mixture, evals, report
+
+
+def account(rows: Part) -> dict:
+    """What became of a part's rows: read + extra (rows beyond one for a raw row) == kept + set aside + dropped."""
+    kept = {"kept": len(rows.index), "dropped": rows.dropped, "set_aside": rows.set_aside}
+    return kept | {name: rows.report[name] for name in ("read", "extra", "first", "fingerprint")}
+
+
+def describe(report: dict) -> str:
+    """The mix as a table of 80 columns. With `tokenized` in the report, the datasets' tokens get a column."""
+    tokens = report.get("tokenized", {}).get("tokens_of", {})
+    lines = [f"{'dataset':<28}{'read':>14}{'kept':>14}{'share':>8}" + (f"{'tokens':>16}" if tokens else "")]
+    for label, entry in report["datasets"].items():
+        line = f"{label[:27]:<28}{entry['read']:>14,}{entry['kept']:>14,}{entry['share']:>8.1%}"
+        lines += [line + (f"{tokens.get(label, 0):>16,}" if tokens else ""), *reasons_of(entry)]
+    for label, entry in report["evaluation"].items():
+        lines.append(f"{'eval_' + label[:22]:<28}{entry['read']:>14,}{entry['kept']:>14,}")
+        if "trained on" not in entry["set_aside"]:  # else its drops are those of the training set above
+            lines += reasons_of(entry)
+    return "\n".join(lines + report.get("notes", []))
+
+
+def reasons_of(entry: dict) -> list[str]:
+    """Indented lines that say where the rows went, the most frequent reason first."""
+    lines = [("further rows of the same raw rows", {"": entry["extra"]})] if entry["extra"] else []
+    lines += [(name.replace("_", " "), entry[name]) for name in ("set_aside", "dropped") if entry[name]]
+    texts = []
+    for name, counts in lines:
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        texts.append(f"{name}: " + ", ".join(f"{reason} {count:,}".strip() for reason, count in ordered))
+    return [line for text in texts for line in textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")]

@@ -1,0 +1,198 @@
+"""Adapter folders: what base they stand on, and loading them so that nothing is left out silently."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from transformers.utils import cached_file, find_adapter_config_file, logging
+
+from rlhf.models.fingerprints import weights_sha256
+from rlhf.user_error import UserError
+
+IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+# what a quantised copy's config may say otherwise than the model's own
+LOOSE = (
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "unsloth_fixed",
+    "unsloth_version",
+)
+
+
+@contextmanager
+def explain_load(name):
+    """Turn what transformers and PEFT raise for a missing or broken model into a UserError."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the load report; what it would say is checked by the callers
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        lines = str(error).strip().split("\n")
+        reason = next((line for line in lines if "mismatch" in line), lines[0])
+        missing = "" if Path(name).exists() else "no such folder here, and not loadable from the hub\n  "
+        raise UserError(f"cannot load a model from {name}: {missing}{reason.strip()[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def resolve_adapters(name: str, moved: bool = False) -> tuple[str, list[str]]:
+    """What a model name stands for: (base model that is no adapter, adapters on it from the last to the first).
+
+    With `moved`, an adapter's base need not be where the adapter says.
+    """
+    adapters = []
+    while True:
+        path = Path(name)
+        # what cannot be a hub id, or lies beside other folders of ours, need not be asked of the hub
+        local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.parent.is_dir()
+        if moved and adapters and not path.is_dir() and (local or not name):
+            return name, adapters
+        if "/" in name and local and not path.is_dir():
+            needs = f", the base of {adapters[-1]}" if adapters else ""
+            raise UserError(f"{name}{needs}: no such model folder")
+        with explain_load(name):
+            if not find_adapter_config_file(name):
+                return name, adapters
+            if name in adapters:
+                raise UserError(f"the adapters {' and '.join(adapters)} name each other as base model")
+            adapters.append(name)
+            name = PeftConfig.from_pretrained(name).base_model_name_or_path or ""
+            if not name and not moved:
+                raise UserError(f"{adapters[-1]} names no base model: merge it with --base_model_name")
+
+
+def adapter_settings(adapter: str) -> dict:
+    return json.loads(Path(find_adapter_config_file(adapter)).read_text())
+
+
+def base_revision(adapter: str) -> str:
+    """The revision of the base that an adapter was trained on, as its config records it."""
+    return adapter_settings(adapter).get("revision") or "main"
+
+
+def load_adapter(model, adapter: str, trainable: bool = False, task: bool = True):
+    """The PeftModel of a model and an adapter folder, of which every weight has found its place.
+
+    Without `task`, whatever the model is for, and without generation.
+    """
+    with explain_load(adapter):
+        config = PeftConfig.from_pretrained(adapter)
+        config.task_type = config.task_type if task else None
+        peft_model = PeftModel.from_pretrained(
+            model,
+            adapter,
+            is_trainable=trainable,
+            config=config,
+            low_cpu_mem_usage=not trainable,  # draws no random weights to overwrite them
+        )
+        check_loaded(peft_model, adapter)
+    return peft_model
+
+
+def check_loaded(peft_model, adapter: str, name: str = "default") -> None:
+    """PEFT itself only warns of weights that it did not find, and says nothing of those that it could not place."""
+    stored = load_peft_weights(adapter, device="cpu").keys()
+    placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).keys()
+    for key in sorted(placed ^ stored):
+        if key in placed or ".lora_" in key:
+            lacks = f"has no {key}" if key in placed else f"has {key}, which the base has not"
+            raise UserError(f"the adapter {adapter} does not fit its base: it {lacks}")
+
+
+def resize_for(model, adapter: str) -> None:
+    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    with explain_load(adapter):
+        rows = {
+            weight.shape[0]
+            for key, weight in load_peft_weights(adapter, device="cpu").items()
+            if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
+        }
+    if rows and rows != {layers[0].weight.shape[0]}:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+def load_sum(model, adapters: list[str], weights: list[float]):
+    """A PeftModel whose active adapter is the exact weighted sum of the adapters' changes, whatever their ranks."""
+    names = [f"adapter_{i}" for i in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        with explain_load(adapter):
+            for key in load_peft_weights(adapter, device="cpu"):
+                if ".lora_A." not in key and ".lora_B." not in key:
+                    raise UserError(f"{adapter} holds {key}, more than a plain LoRA: such adapters have no sum")
+            if name == names[0]:
+                model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+            else:
+                model.load_adapter(adapter, name)
+            check_loaded(model, adapter, name)
+        if adapter_settings(adapter).get("target_parameters"):
+            raise UserError(f"{adapter} adapts parameters, not layers: such adapters have no sum")
+    model.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        layer.scaling["sum"] = 1.0  # "cat" has scaled already; PEFT scales again when the first adapter is an rsLoRA
+        parts = [w * layer.get_delta_weight(n) for n, w in zip(names, weights, strict=True) if n in layer.lora_A]
+        assert torch.allclose(layer.get_delta_weight("sum"), sum(parts), atol=1e-5), "the sum is not the sum"
+    return model
+
+
+def read_config(name: str) -> dict:
+    """A model's config.json; empty if it is not there."""
+    try:
+        path = cached_file(name, "config.json", **IF_THERE)
+    except OSError:  # not a name that the hub could have
+        path = None
+    return json.loads(Path(path).read_text()) if path else {}
+
+
+def recorded_base(adapter: str) -> str | None:
+    """The hash of the base's weights that the run of an adapter wrote down, if it is one of ours."""
+    run = Path(adapter) / "run.json"
+    return json.loads(run.read_text()).get("base_sha256") if run.exists() else None
+
+
+def check_unchanged(base: str, adapter: str) -> None:
+    """Refuse a base that holds other weights than when the adapter was trained on it, where that was recorded."""
+    trained_on = recorded_base(adapter)
+    if trained_on and weights_sha256(base, base_revision(adapter)) not in (trained_on, None):
+        raise UserError(f"{base}, the base of {adapter}, has changed since the adapter was trained on it")
+
+
+def check_base(given: str | None, named: str, adapter: str) -> str:
+    """The base to merge an adapter onto: the one that it was trained on, wherever it is now.
+
+    Raises:
+        UserError: if it is another model, or the same one changed since, or stored quantised.
+    """
+    base = given or named
+    if resolve_adapters(base)[1]:
+        raise UserError(f"--base_model_name {given} is an adapter itself: the base of {adapter} is {named}")
+    config, trained = read_config(base), read_config(named)
+    if "quantization_config" in config:
+        raise UserError(f"{base} is stored quantised: give the full-precision model with --base_model_name")
+    if base == named or (named and Path(base).resolve() == Path(named).resolve()):
+        check_unchanged(base, adapter)
+        return base
+    if trained.pop("quantization_config", None):  # its weights are no guide, its shapes are
+        if any(config.get(key) != value for key, value in trained.items() if key not in LOOSE):
+            raise UserError(f"--base_model_name {base} has another config.json than {named}, the base of {adapter}")
+        return base
+    trained_on = recorded_base(adapter) or (weights_sha256(named, base_revision(adapter)) if named else None)
+    if trained_on is None or weights_sha256(base) != trained_on:
+        why = "its weights are others" if trained_on else "its weights are not here to compare"
+        raise UserError(
+            f"--base_model_name {base} is not the base of {adapter}: it was trained on {named or 'a nameless model'}, "
+            f"and {why}\n  leave --base_model_name out, or give a copy of that model"
+        )
+    return base

@@ -1,0 +1,245 @@
+"""Answers: sampling them from a policy, reading what a policy thinks of them, scoring them with a reward model.
+
+Prompts and answers are lists of token ids. Rows go through a model end to end without padding where it can
+(flat_rows.py), and right-padded and masked by length elsewhere, never by token id: nothing depends on the padding or
+on the neighbours in a batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rlhf.models.fast_linear import FrozenLinear
+from rlhf.models.flat_rows import flat_inputs, is_flat
+
+TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
+CHUNK = 2**25  # logits held at a time where no gradient needs them: 128 MB
+
+
+def plain(model):
+    """The transformers model inside a PeftModel, its adapters in place."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trunk_of(model):
+    """The transformer without its head, of a causal model or a sequence classifier, with its adapters."""
+    model = plain(model)
+    return getattr(model, model.base_model_prefix)
+
+
+def right_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (rows, longest)."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+
+
+def last_states(model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
+    """The transformer's last hidden states of rows of tokens, row after row without padding: (tokens, hidden)."""
+    trunk = trunk_of(model)
+    if is_flat(plain(model)):
+        return trunk(**flat_inputs(rows, model.device), use_cache=False).last_hidden_state[0]
+    ids, mask = right_padded(rows, pad_id, model.device)
+    return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+
+
+def padded(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """What belongs to tokens row after row, (tokens,), as right-padded rows with 0 in the padding: (rows, longest)."""
+    return pad_sequence(list(values.split(lengths)), batch_first=True)
+
+
+def length_mask(lengths: list[int], device) -> torch.Tensor:
+    return padded(torch.ones(sum(lengths), device=device), lengths)
+
+
+def logits_of(policy, states, temperature: float):
+    """The logits of states divided by the temperature, in float32: (tokens, vocabulary)."""
+    head = policy.get_output_embeddings()
+    cap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        return torch.tanh(head(states).float() / cap) * (cap / temperature)
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return head(states).float() / temperature
+    states = states / temperature  # the same, of far fewer numbers
+    fast = getattr(head, "packed_weight", None)
+    return head(states).float() if fast is None else FrozenLinear.apply(states, head.weight, fast)
+
+
+def answer_states(model, prompts, answers, pad_id: int) -> torch.Tensor:
+    """The last hidden states from which the answers' tokens are predicted, answer after answer: (tokens, hidden)."""
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]  # nothing follows the last
+    hidden = last_states(model, rows, pad_id)
+    start, before = 0, []
+    for prompt, row in zip(prompts, rows, strict=True):
+        before += range(start + len(prompt) - 1, start + len(row))
+        start += len(row)
+    return hidden[torch.tensor(before, device=hidden.device)]
+
+
+def read_answers(policy, prompts, answers, pad_id: int, temperature: float, entropy_grad: bool = False):
+    """What a policy thinks of answers that are there already, from one forward pass.
+
+    Returns:
+        logprobs and entropies of the answers' tokens, mask, all (rows, tokens); and `answer_states`.
+    """
+    lengths = [len(answer) for answer in answers]
+    states = answer_states(policy, prompts, answers, pad_id)
+    tokens = torch.tensor([token for answer in answers for token in answer], device=states.device)
+    size = len(tokens) if torch.is_grad_enabled() else max(1, CHUNK // policy.get_output_embeddings().weight.shape[0])
+    parts = [
+        _logprobs(logits_of(policy, some, temperature), ids, entropy_grad)
+        for some, ids in zip(states.split(size), tokens.split(size), strict=True)
+    ]
+    logprobs, entropy = (padded(torch.cat(part), lengths) for part in zip(*parts, strict=True))
+    return logprobs, entropy, length_mask(lengths, states.device), states
+
+
+def _logprobs(logits, tokens, entropy_grad):
+    if entropy_grad:
+        every = F.log_softmax(logits, dim=-1)
+        return every.gather(-1, tokens[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+    return ChosenLogprobs.apply(logits, tokens)
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """(log softmax(logits)[token], entropy), of which the former has a gradient; logits are (tokens, vocabulary).
+
+    One tensor of that size is kept for backward and overwritten there, where the plain formula makes six.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        probabilities = logits.softmax(-1)
+        logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).clamp(min=TINY).log()
+        total = logits.gather(-1, tokens[:, None]).squeeze(-1) - logprobs  # logsumexp
+        few = zip(probabilities.split(16), logits.split(16), strict=True)  # rows whose products stay in the cache
+        entropy = total - torch.cat([torch.linalg.vecdot(*rows) for rows in few])
+        ctx.save_for_backward(probabilities, tokens)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        probabilities, tokens = ctx.saved_tensors
+        grad_logits = probabilities.mul_(-grad[:, None])
+        grad_logits[torch.arange(len(tokens), device=tokens.device), tokens] += grad
+        return grad_logits, None
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a cache that makes room for many tokens at once, instead of copying all it holds for each."""
+
+    ROOM = 64  # tokens
+    room = None  # keys and values, (rows, heads, tokens held and to come, width)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        length = held + key_states.shape[-2]
+        if self.room is None or length > self.room[0].shape[-2]:
+            new = [s.new_empty(*s.shape[:2], length + self.ROOM, s.shape[-1]) for s in (key_states, value_states)]
+            for room, states in zip(new, (self.keys, self.values), strict=True):
+                if held:
+                    room[:, :, :held] = states
+            self.room = new
+        self.room[0][:, :, held:length], self.room[1][:, :, held:length] = key_states, value_states
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+def read_prompts(policy, prompts, pad_id: int):
+    """The prompts' last states (rows, hidden), their mask (rows, longest) and a cache of them, left-padded."""
+    device, lengths = policy.device, torch.tensor([len(prompt) for prompt in prompts])
+    cache, trunk = DynamicCache(config=policy.config), trunk_of(policy)
+    longest, grows = int(lengths.max()), all(type(layer) is DynamicLayer for layer in cache.layers)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
+    if is_flat(plain(policy)) and grows:
+        inputs = flat_inputs(prompts, device)
+        hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0, lengths.cumsum(0) - 1]
+        places = torch.zeros_like(mask)
+        places[mask.bool()] = torch.arange(int(lengths.sum()), device=device)
+        for layer in cache.layers:  # (1, heads, tokens, width) -> (rows, heads, longest, width)
+            layer.keys, layer.values = (s[0][:, places].transpose(0, 1) for s in (layer.keys, layer.values))
+            layer.room = None
+        return hidden, mask, cache
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1], mask, cache
+
+
+@torch.no_grad()
+def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: float, value_head=None):
+    """Sample an answer to each prompt; an answer ends with a stop token, or at full length without one.
+
+    The sampling depends on nothing but the policy's logits, the temperature and the noise: no generation config.
+
+    Args:
+        prompts: token ids, a list for each prompt.
+        noise: (prompts, response_length) uniform on [0, 1): the quantile that is drawn at each step.
+        temperature: divides the logits; 0 takes the likeliest token.
+        value_head: gives the values of the states from which tokens are drawn.
+    Returns:
+        answers (token ids, a list for each prompt), their logprobs and values, (rows, tokens), right-padded with 0.
+    """
+    trunk, device = trunk_of(policy), policy.device
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    noise = noise.to(device)
+    answers = [[] for _ in prompts]
+    logprobs, values = torch.zeros(2, *noise.shape, device=device)
+    rows = torch.arange(len(prompts), device=device)  # the prompts whose answers are not finished
+    hidden, mask, cache = read_prompts(policy, prompts, pad_id)
+    positions, tokens = mask.sum(1, keepdim=True), None
+    for step in range(noise.shape[1]):
+        if step > 0:
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+            hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            positions = positions + 1
+        probabilities = logits_of(policy, hidden, temperature or 1.0).softmax(-1)
+        if temperature:
+            cumulative = probabilities.cumsum(-1)
+            # inverse transform sampling; times the total, which float32 leaves slightly off 1
+            quantile = noise[rows, step, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, quantile, right=True).clamp(max=probabilities.shape[-1] - 1)
+        else:
+            tokens = probabilities.argmax(-1, keepdim=True)
+        logprobs[rows, step] = probabilities.gather(-1, tokens)[:, 0].clamp(min=TINY).log()
+        if value_head is not None:
+            values[rows, step] = value_head(hidden.float())[:, 0].float()
+        for row, token in zip(rows.tolist(), tokens[:, 0].tolist(), strict=True):
+            answers[row].append(token)
+        going = (~torch.isin(tokens[:, 0], stops)).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):  # finished rows leave the batch
+            cache.batch_select_indices(going)
+            rows, tokens, mask, positions = rows[going], tokens[going], mask[going], positions[going]
+    width = max(map(len, answers))
+    return answers, logprobs[:, :width], values[:, :width]
+
+
+@torch.no_grad()
+def read_scores(model, head, rows: list[list[int]], pad_id: int, batch_size: int = 64) -> torch.Tensor:
+    """A head (hidden -> 1) on a model's last hidden state of each row of tokens, wherever the padding is: (rows,)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of a length need little padding
+    scores = torch.empty(len(rows), device=model.device)
+    for i in range(0, len(rows), batch_size):
+        chosen = order[i : i + batch_size]
+        ends = torch.tensor([len(rows[j]) for j in chosen], device=model.device).cumsum(0) - 1
+        last = last_states(model, [rows[j] for j in chosen], pad_id)[ends]
+        scores[chosen] = head(last.to(head.weight.dtype)).float().squeeze(-1)
+    return scores
+
+
+def score(reward_model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
+    """The rewards of rows of tokens by a sequence classifier, (rows,)."""
+    return read_scores(reward_model, plain(reward_model).score, rows, pad_id)

@@ -1,0 +1,46 @@
+"""TRL's trainers for rows that are tokenised already, with what must hold checked at the first steps."""
+
+import math
+from functools import partial
+
+from peft import PeftModel
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
+
+from rlhf.runs.named_evaluation import NamedEvaluation
+
+
+class CheckedSFTTrainer(NamedEvaluation, SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class CheckedRewardTrainer(NamedEvaluation, RewardTrainer):
+    pass
+
+
+class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
+    checked = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):  # without TRL's frozen copy of the start, which a next run makes anew
+            self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"])
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.checked and self.model.training and self.state.global_step == 0:
+            self.checked = True
+            # before the first update policy and reference are the same, every implicit reward 0 and the loss ln 2
+            tolerance = 1e-3 if self.model.dtype.itemsize == 4 and not (self.args.bf16 or self.args.fp16) else 0.05
+            margin = self._metrics["train"]["rewards/margins"][-1]
+            assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
+            if self.args.loss_type == ["sigmoid"] and not (
+                self.args.label_smoothing or self.args.use_weighting or self.aux_loss_enabled
+            ):
+                loss = (result[0] if return_outputs else result).item()
+                assert abs(loss - math.log(2)) < tolerance, f"the first DPO loss is {loss}, not ln 2"
+        return result
