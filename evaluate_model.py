@@ -144,7 +144,7 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
 
 
 def evaluate_models(args, device, folder: Path) -> dict:
-    """The report on models: see `evaluation_tables.summarize`."""
+    """The report on models: see `rlhf.evaluation.tables.summarize`."""
     from rlhf.evaluation.answers import Answer, judge_all
     from rlhf.evaluation.tables import pick_best, summarize, write_pairs, write_samples
 

@@ -6,7 +6,7 @@ r"""Proximal policy optimization: let the policy answer, have the reward model j
     accelerate launch ppo_training.py --config configs/ppo.yaml --kl_coef 0.1
 
 Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the value head beside it. The algorithm
-is in ppo_trainer.py.
+is in rlhf/ppo.
 
 Watch `objective/scores` rise while `objective/kl` stays bounded (tens at most); `val/ratio` near 1; `val/eos_rate`
 high. Scores that rise with the KL running away mean that the reward model is being fooled: read samples, raise

@@ -485,10 +485,11 @@ def test_a_dataset_of_eight_lines_is_added_as_the_readme_says(tmp_path):
     assert len(entry.splitlines()) <= 8
     for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
         shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "rlhf", tmp_path / "rlhf")
     shutil.copytree(SAMPLES, tmp_path / "tests" / "samples")
     shutil.copy(__file__, tmp_path / "tests")
     code = (tmp_path / "prepare_data.py").read_text(encoding="utf-8")
-    before, marker, after = code.partition("\ndef load_datasets(")
+    before, marker, after = code.partition("\ndef export(")
     (tmp_path / "prepare_data.py").write_text(f"{before}\n{entry}\n{marker}{after}", encoding="utf-8")
     (tmp_path / path).write_text(sample, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

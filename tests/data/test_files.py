@@ -1,12 +1,11 @@
 """Reading local files: every layout and container, and every kind of damage with its place.
 
-python -m pytest tests/test_data_files.py
+python -m pytest tests/data/test_files.py
 """
 
 import csv
 import gzip
 import json
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -21,8 +20,9 @@ from rlhf.data.files import find_files, read_file
 from rlhf.data.layouts import LAYOUTS, detect
 from rlhf.data.rows import BadRow, Skip
 from rlhf.user_error import UserError
+from tests.conftest import ROOT
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,12 @@
 """The layouts of rows: every key set of local files, real message trees, and rankings.
 
-python -m pytest tests/test_data_layouts.py
+python -m pytest tests/data/test_layouts.py
 """
 
 import gzip
 import json
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -18,8 +17,9 @@ from prepare_data import load_datasets
 from rlhf.data.layouts import ranks_in
 from rlhf.data.rows import BadRow, parse_transcript
 from rlhf.user_error import UserError
+from tests.conftest import ROOT
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

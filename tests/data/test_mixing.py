@@ -1,6 +1,6 @@
 """The mix: the grammar of names, the split, sampling, duplicates, order, and the cache that many processes share.
 
-python -m pytest tests/test_data_mixing.py
+python -m pytest tests/data/test_mixing.py
 """
 
 import json
@@ -19,8 +19,7 @@ from rlhf.data.loading import load_held_out
 from rlhf.data.mixing import earlier_with_same, scramble
 from rlhf.data.names import Name, parse_names
 from rlhf.user_error import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""SFT's metric by real generation, and what it decides: `pytest tests/test_generation_metric.py`."""
+"""SFT's metric by real generation, and what it decides: `pytest tests/evaluation/test_generation_metric.py`."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_the_metric_is_the_rouge_of_what_the_saved_model_generates(base, data, t
 def scripted(monkeypatch):
     """Evaluations whose ROUGE is written beforehand: the second of training is the best."""
     values = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7])
-    monkeypatch.setattr(GeneratedRouge, "rouge_of_generated", lambda self: {"rouge_avg": next(values)})
+    monkeypatch.setattr(GeneratedRouge, "__call__", lambda self: {"rouge_avg": next(values)})
 
 
 BEST = {"metric_for_best_model": "eval_rouge_avg", "load_best_model_at_end": True}

@@ -1,4 +1,4 @@
-"""Statistics with answers known beforehand: `pytest tests/test_evaluation_statistics.py`."""
+"""Statistics with answers known beforehand: `pytest tests/evaluation/test_statistics.py`."""
 
 import math
 from itertools import combinations, permutations

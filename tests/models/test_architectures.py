@@ -1,4 +1,4 @@
-"""Every stage on every family of models, as it comes from the hub: `pytest tests/test_architectures.py`."""
+"""Every stage on every family of models, as it comes from the hub: `pytest tests/models/test_architectures.py`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Names to models: adapters continued, heads kept, stages that fit together: `pytest tests/test_modeling.py`."""
+"""Names to models: adapters continued, heads kept, stages that fit together: `pytest tests/models/test_loading.py`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Rows as a model will see them: `pytest tests/test_preview.py`."""
+"""Rows as a model will see them: `pytest tests/models/test_preview.py`."""
 
 import prepare_data
 from rlhf.models.loading import load_tokenizer

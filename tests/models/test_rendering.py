@@ -1,4 +1,4 @@
-"""Which tokens a model sees and which of them carry loss: `pytest tests/test_rendering.py`."""
+"""Which tokens a model sees and which of them carry loss: `pytest tests/models/test_rendering.py`."""
 
 import pytest
 from datasets import Dataset

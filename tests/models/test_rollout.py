@@ -1,4 +1,4 @@
-"""Answers do not depend on padding, neighbours or the way they are computed: `pytest tests/test_rollout.py`."""
+"""Answers do not depend on padding, neighbours or the way they are computed: `pytest tests/models/test_rollout.py`."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which parameters are an adapter's own: `pytest tests/test_shared_base.py`."""
+"""Which parameters are an adapter's own: `pytest tests/models/test_shared_base.py`."""
 
 from peft import LoraConfig, get_peft_model
 from torch import nn

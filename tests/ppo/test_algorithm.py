@@ -1,4 +1,4 @@
-"""The mathematics of PPO, worked out by hand: `pytest tests/test_ppo_algorithm.py`."""
+"""The mathematics of PPO, worked out by hand: `pytest tests/ppo/test_algorithm.py`."""
 
 import math
 

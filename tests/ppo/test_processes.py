@@ -1,4 +1,4 @@
-"""PPO on two processes is PPO on one: `pytest tests/test_ppo_processes.py`."""
+"""PPO on two processes is PPO on one: `pytest tests/ppo/test_processes.py`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The PPO trainer's promises, and those of what it trains with: `pytest tests/test_ppo_trainer.py`."""
+"""The PPO trainer's promises, and those of what it trains with: `pytest tests/ppo/test_trainer.py`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is drawn and shown of a log: `pytest tests/test_run_log.py`."""
+"""What is drawn and shown of a log: `pytest tests/runs/test_log.py`."""
 
 import json
 
