@@ -21,7 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.user_error import UserError
+from rlhf.user_error import UserError, run_tool
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -200,10 +200,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(make_parser().parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        run_tool(main, make_parser)
     except KeyboardInterrupt as stopped:
         print(f"\nstopped: {str(stopped) or 'no report yet'}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)

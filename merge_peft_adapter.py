@@ -20,11 +20,10 @@ import json
 import os
 import platform
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.user_error import UserError
+from rlhf.user_error import UserError, run_tool
 
 # Largest |logit difference| that float32 arithmetic may cause, as a share of the largest |logit|: rounding, not error.
 TOLERANCE = 1e-4
@@ -231,8 +230,4 @@ def make_parser():
 
 
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main, make_parser)

@@ -13,7 +13,6 @@ import argparse
 import html
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from rlhf.data.rows import (
     user,
 )
 from rlhf.data.sources import DATASETS, dataset
-from rlhf.user_error import UserError
+from rlhf.user_error import UserError, run_tool
 
 
 @dataset(
@@ -318,8 +317,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(make_parser().parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main, make_parser)

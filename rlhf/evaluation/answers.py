@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rlhf.models.fingerprints import tokenizer_sha256, weights_sha256
 from rlhf.models.loading import load_frozen_policy, load_tokenizer, max_positions, resolve_model
 from rlhf.models.rendering import Unrenderable, encode_demonstration, encode_dialogue, encode_prompt
-from rlhf.models.rollout import generate, logits_of, read_answers
+from rlhf.models.rollout import generate, logits_of, read_answers, stop_ids
 from rlhf.user_error import UserError
 
 
@@ -37,8 +37,7 @@ class Contestant:
         self.name, self.label, self.response_length = name, label, response_length
         self.tokenizer = load_tokenizer(name)
         self.policy = load_frozen_policy(name, self.tokenizer).to(device)
-        own = self.policy.generation_config.eos_token_id
-        self.stop_ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        self.stop_ids = stop_ids(self.policy, self.tokenizer)
         self.positions = max_positions(self.policy)
         if self.positions - response_length < 8:
             raise UserError(

@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.evaluation.statistics import mean, rouge
-from rlhf.models.rollout import generate
+from rlhf.models.rollout import generate, stop_ids
 from rlhf.user_error import UserError
 
 
@@ -52,14 +52,12 @@ class GeneratedRouge:
         """The means over all rows, of which each process answers its share."""
         trainer, tokenizer = self.trainer, self.trainer.processing_class
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        own = policy.generation_config.eos_token_id
-        stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         mine = self.rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
         scores, size = [], trainer.args.per_device_eval_batch_size
         for start in range(0, len(mine), size):
             prompts, references = zip(*mine[start : start + size], strict=True)
             noise = torch.zeros(len(prompts), self.length)
-            options = {"stop_ids": stops, "pad_id": tokenizer.pad_token_id, "temperature": 0}
+            options = {"stop_ids": stop_ids(policy, tokenizer), "pad_id": tokenizer.pad_token_id, "temperature": 0}
             with trainer.accelerator.autocast():  # in the precision that is trained in
                 tokens = generate(policy, prompts, noise, **options)[0]
             found = rouge(*(tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (tokens, references)))

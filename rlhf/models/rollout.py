@@ -30,6 +30,12 @@ def trunk_of(model):
     return getattr(model, model.base_model_prefix)
 
 
+def stop_ids(policy, tokenizer) -> set[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and what the model itself stops with."""
+    own = policy.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
 def right_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, (rows, longest)."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from trl.models.utils import unwrap_model_for_generation
 
-from rlhf.models.rollout import generate, last_states, length_mask, logits_of, read_answers
+from rlhf.models.rollout import generate, last_states, length_mask, logits_of, read_answers, stop_ids
 from rlhf.models.shared_base import active_adapter
 from rlhf.ppo.algorithm import kl_per_token
 from rlhf.user_error import UserError
@@ -26,9 +26,7 @@ class Experience:
         self.ppo, self.accelerator, self.tokenizer = trainer.ppo, trainer.accelerator, trainer.processing_class
         self.starting_answers = {}  # of the reference to held-out prompts: evaluation.py
         self.device, self.pad_id = trainer.args.device, self.tokenizer.pad_token_id
-        own = self.model.policy.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        self.stop_ids = {self.tokenizer.eos_token_id, self.ppo.stop_token_id, *own} - {None}
+        self.stop_ids = stop_ids(self.model.policy, self.tokenizer) | ({self.ppo.stop_token_id} - {None})
 
     @property
     def model(self):

@@ -1,9 +1,9 @@
-"""What every training run shares: its flags, its folder, its log, its checks.
+"""What every training run shares: its flags, its folder, its log, its trainers.
 
-Knows the command line, output folders and checkpoints, and the trainers. Must not know where rows come from, nor the
-mathematics of a stage.
+Knows the command line, output folders and checkpoints, and TRL's trainers. Must not know where rows come from, nor how
+PPO works.
 
-Read in this order: command_line (flags, YAML files, what the machine has, how a mistake ends), folder (what is
-resumed, run.json, the model card), log (training_log.jsonl, the bar, the curves), trainers (TRL's, with what must hold
-checked), named_evaluation (metrics by dataset).
+Read in this order: command_line (the flags of all scripts, YAML files, what the machine has, how a mistake ends),
+folder (which checkpoint a run resumes from, run.json, the model card), log (training_log.jsonl, the bar, the learning
+curves), trainers (TRL's trainers with our checks of their first steps), named_evaluation (metrics by dataset).
 """
