@@ -3,12 +3,13 @@
 Plain functions of lists. What is not defined (the mean of nothing, a correlation with a constant) is None, never NaN.
 """
 
-import math
 from collections import Counter
 
 import numpy as np
+import scipy  # scipy.stats itself is loaded at its first use, so that training need not wait for it
 
 RESAMPLES = 2000  # enough for the second digit of a 95% interval
+AT_ONCE = 100  # resamples in memory together
 
 
 def mean(values) -> float | None:
@@ -28,21 +29,30 @@ def interval(values, groups=None, seed: int = 0) -> dict | None:
         return None
     names = np.arange(len(values)) if groups is None else np.unique(list(groups), return_inverse=True)[1]
     totals, sizes = np.bincount(names, values), np.bincount(names)
-    random = np.random.default_rng(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(len(totals), size=len(totals))
-        means.append(totals[drawn].sum() / sizes[drawn].sum())
-    low, high = np.percentile(means, [2.5, 97.5])
+
+    def ratio(totals, sizes, axis=-1):
+        return totals.sum(axis) / sizes.sum(axis)
+
+    if len(totals) == 1:  # scipy refuses to draw from one
+        low = high = ratio(totals, sizes)
+    else:
+        random = np.random.default_rng(seed)
+        options = {"method": "percentile", "n_resamples": RESAMPLES, "batch": AT_ONCE, "rng": random}
+        low, high = scipy.stats.bootstrap((totals, sizes), ratio, paired=True, **options).confidence_interval
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "rows": len(values)}
+
+
+def outcomes(differences) -> np.ndarray:
+    """1 where a difference is positive, a win; 0.5 for a tie, 0 for a loss."""
+    return (1 + np.sign(differences)) / 2
 
 
 def win_rate(ours, theirs, groups=None) -> dict | None:
     """How often our score is the higher one, a tie counting half: an `interval` with "wins", "ties" and "losses"."""
-    outcomes = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
-    counts = Counter(outcomes)
-    found = interval(outcomes, groups)
-    return found and found | {"wins": counts[1.0], "ties": counts[0.5], "losses": counts[0.0]}
+    found = outcomes([a - b for a, b in zip(ours, theirs, strict=True)])
+    counts = Counter(found.tolist())
+    rate = interval(found, groups)
+    return rate and rate | {"wins": counts[1], "ties": counts[0.5], "losses": counts[0]}
 
 
 def calibration(margins, bins: int = 10) -> dict | None:
@@ -60,8 +70,7 @@ def calibration(margins, bins: int = 10) -> dict | None:
     margins = np.asarray(list(margins), float)
     if len(margins) == 0:
         return None
-    predicted = 1 / (1 + np.exp(-np.abs(margins)))
-    observed = np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))
+    predicted, observed = scipy.special.expit(np.abs(margins)), outcomes(margins)
     found = []
     for rows in np.array_split(np.argsort(predicted, kind="stable"), max(1, min(bins, len(margins) // 20))):
         seen = interval(observed[rows])
@@ -70,27 +79,18 @@ def calibration(margins, bins: int = 10) -> dict | None:
     return {"bins": found, "error": float(error)}
 
 
-def ranks(values) -> np.ndarray:
-    """Ranks from 1 up, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def rank_correlation(measure, first, second) -> float | None:
+    return float(measure(first, second).statistic) if min(len(set(first)), len(set(second))) > 1 else None
 
 
 def spearman(first, second) -> float | None:
     """Spearman's rank correlation; None where either is constant."""
-    if len(first) < 2:
-        return None
-    a, b = ranks(first), ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale else None
+    return rank_correlation(scipy.stats.spearmanr, first, second)
 
 
 def kendall(first, second) -> float | None:
-    """Kendall's tau-b, which allows for ties; None where either is constant. Quadratic: for short lists."""
-    a, b = (np.sign(np.subtract.outer(x, x)) for x in (np.asarray(first, float), np.asarray(second, float)))
-    scale = math.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale else None
+    """Kendall's tau-b, which allows for ties; None where either is constant."""
+    return rank_correlation(scipy.stats.kendalltau, first, second)
 
 
 def ranked_sets(pairs) -> tuple[list[tuple[list, list[int]]], int]:
@@ -125,11 +125,8 @@ def distinct(texts, n: int) -> float | None:
 
     It falls as texts get more and longer, so compare it on the same prompts only.
     """
-    grams = [
-        tuple(words[i : i + n])
-        for words in (text.lower().split() for text in texts)
-        for i in range(len(words) + 1 - n)
-    ]
+    texts = [text.lower().split() for text in texts]
+    grams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) + 1 - n)]
     return len(set(grams)) / len(grams) if grams else None
 
 

@@ -9,6 +9,8 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+
 from rlhf.evaluation.answers import Answer, judge, prompt_key
 from rlhf.evaluation.statistics import (
     best_of_curve,
@@ -35,35 +37,35 @@ def groups_of(rows) -> dict[str, list[int]]:
 
 
 def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
-    """{"groups": {dataset: {label: figures}}, "raw": what the picture draws}; what cannot be known is None.
+    """{"prompts", "groups": {dataset: {label: figures}}, "raw": what the picture draws}; what is unknown is None.
 
     Figures: "kl" (to the baseline), "tokens", "words", "ended", "empty", "distinct_1", "distinct_2", ROUGE with the
     data's answers, "perplexity" of the model's own answers and "reference_perplexity" of the data's; and by judge
     "score", and the win rates "against_baseline" and "against_data".
     """
-    with_reference = [i for i, row in enumerate(rows) if row["reference"]]
     rouges = {}
     for label in answers:
-        texts = [answers[label][i][0].text for i in with_reference] if label != "data" else []
-        found = rouge(texts, [rows[i]["reference"] for i in with_reference][: len(texts)])
-        rouges[label] = {name: dict(zip(with_reference, values, strict=False)) for name, values in found.items()}
+        at = [i for i, row in enumerate(rows) if row["reference"] and label != "data"]
+        found = rouge([answers[label][i][0].text for i in at], [rows[i]["reference"] for i in at])
+        rouges[label] = {name: dict(zip(at, values, strict=True)) for name, values in found.items()}
 
     def figures(label, group):
         own = [i for i in group if answers[label][i][0]]
-        texts = [answers[label][i][0].text for i in own]
+        texts, mine = [answers[label][i][0].text for i in own], [measured[label][i] for i in own]
+        overlaps = {name: [values[i] for i in own if i in values] for name, values in rouges[label].items()}
         found = {
-            "kl": interval(v for i in own if (v := measured[label][i].get("kl")) is not None),
-            "kl_by": next((by for i in own if (by := measured[label][i].get("kl_by"))), None),
-            "tokens": mean(v for i in own if (v := measured[label][i].get("tokens")) is not None),
+            "kl": interval(known(mine, "kl")),
+            "kl_by": next(iter(known(mine, "kl_by")), None),
+            "tokens": mean(known(mine, "tokens")),
             "words": mean(len(text.split()) for text in texts),
             "ended": mean(answers[label][i][0].ended for i in own) if label != "data" else None,
             "empty": sum(not text for text in texts),
             "distinct_1": distinct(texts, 1),
             "distinct_2": distinct(texts, 2),
-            **{name: mean(values[i] for i in own if i in values) for name, values in rouges[label].items()},
-            "rouge_avg_interval": interval(v for i in own if (v := rouges[label]["rouge_avg"].get(i)) is not None),
-            "perplexity": perplexity([measured[label][i] for i in own], ""),
-            "reference_perplexity": perplexity([measured[label][i] for i in own], "reference_"),
+            **{name: mean(values) for name, values in overlaps.items()},
+            "rouge_avg_interval": interval(overlaps["rouge_avg"]),
+            "perplexity": perplexity(mine, ""),
+            "reference_perplexity": perplexity(mine, "reference_"),
             "judged": {},
         }
         for name, by_label in scores.items():
@@ -75,17 +77,25 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
                 found["judged"][name][key] = win_rate([ours[i] for i in both], [theirs[i] for i in both])
         return found
 
-    groups = {name: {label: figures(label, group) for label in answers} for name, group in groups_of(rows).items()}
-    sizes = {name: len(group) for name, group in groups_of(rows).items()}
-    raw = {
-        "words": {label: [len(s[0].text.split()) for s in v if s[0]] for label, v in answers.items()},
-        "samples": [
-            {"prompt": rows[i]["prompt"], "answers": {label: v[i][0].text for label, v in answers.items() if v[i][0]},
-             "scores": {name: {label: v[i][0] for label, v in s.items()} for name, s in scores.items()}}
-            for i in range(min(3, len(rows)))
-        ],
-    }  # fmt: skip
-    return {"prompts": sizes, "groups": groups, "raw": raw}
+    groups = groups_of(rows)
+    samples = [
+        {
+            "prompt": row["prompt"],
+            "answers": {label: made[i][0].text for label, made in answers.items() if made[i][0]},
+            "scores": {name: {label: s[i][0] for label, s in found.items()} for name, found in scores.items()},
+        }
+        for i, row in enumerate(rows[:3])
+    ]
+    words = {label: [len(row[0].text.split()) for row in made if row[0]] for label, made in answers.items()}
+    return {
+        "prompts": {name: len(group) for name, group in groups.items()},
+        "groups": {name: {label: figures(label, group) for label in answers} for name, group in groups.items()},
+        "raw": {"words": words, "samples": samples},
+    }
+
+
+def known(measured: list[dict], name: str) -> list:
+    return [value for row in measured if (value := row.get(name)) is not None]
 
 
 def perplexity(measured, prefix: str) -> float | None:
@@ -104,7 +114,7 @@ def pick_best(label: str, scores) -> dict:
         samples; "gain": by judge how much more the best of all scores than the first one.
     """
     picker = next(iter(scores))
-    picked = [max(range(len(row)), key=row.__getitem__) for row in scores[picker][label]]
+    picked = np.argmax(scores[picker][label], axis=1).tolist()
     gains = {
         judge: interval(row[k] - row[0] for row, k in zip(found[label], picked, strict=True))
         for judge, found in scores.items()
@@ -117,7 +127,7 @@ def write_pairs(path: Path, rows, answers: list[list[Answer]], scores: list[list
     """The best and the worst sample of each prompt as preference data, where they differ."""
     lines = []
     for row, samples, values in zip(rows, answers, scores, strict=True):
-        best, worst = (pick(range(len(values)), key=values.__getitem__) for pick in (max, min))
+        best, worst = np.argmax(values), np.argmin(values)
         chosen, rejected = samples[best].text, samples[worst].text
         if values[best] > values[worst] and chosen and rejected and chosen != rejected:
             pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
@@ -167,12 +177,12 @@ def score_pairs(judges: dict, rows: list[dict], batch_size: int) -> tuple[list[d
         for row in rows
     ]
     columns = {"dataset": [pair["dataset"] for pair in pairs]}
-    scores = {}
-    for name, reward in judges.items():
-        for side in SIDES:
-            prompts = [row["prompt"] + row[side][:-1] for row in rows]
-            answers = [Answer([], pair[side], True) for pair in pairs]
-            scores.setdefault(name, {})[side] = judge(reward, name, prompts, answers, columns, batch_size)
+    prompts = {side: [row["prompt"] + row[side][:-1] for row in rows] for side in SIDES}
+    answers = {side: [Answer([], pair[side], True) for pair in pairs] for side in SIDES}
+    scores = {
+        name: {side: judge(reward, name, prompts[side], answers[side], columns, batch_size) for side in SIDES}
+        for name, reward in judges.items()
+    }
     read = [
         i for i in range(len(rows)) if all(found[side][i] is not None for found in scores.values() for side in SIDES)
     ]
@@ -217,27 +227,25 @@ def reward_figures(pairs: list[dict], chosen: list[float], rejected: list[float]
     """What is known of a reward model from pairs and their scores; lengths are in words, intervals draw prompts."""
     keys, scores = [pair["key"] for pair in pairs], chosen + rejected
     texts = [pair[side] for side in SIDES for pair in pairs]
-    lengths = [len(text.split()) for text in texts]
-    sides = zip(lengths, lengths[len(pairs) :], chosen, rejected, strict=False)
-    longer = [(a > b, (a - b) * (high - low) > 0) for a, b, high, low in sides if a != b]
+    lengths = np.array([len(text.split()) for text in texts])
+    longer, margins = lengths[: len(pairs)] - lengths[len(pairs) :], np.subtract(chosen, rejected)
+    uneven = longer != 0
     score_of = dict(zip(zip(keys * 2, texts, strict=True), scores, strict=True))
     sets, partial = ranked_sets(
         (key, (key, pair["chosen"]), (key, pair["rejected"])) for key, pair in zip(keys, pairs, strict=True)
     )
     orders = [([score_of[answer] for answer in answers], [-above for above in better]) for answers, better in sets]
-    center = sum(scores) / len(scores)
-    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
     return {
         "accuracy": win_rate(chosen, rejected, keys),
         "margin": mean(margins),
         "calibration": calibration(margins),
         "length_correlation": spearman(lengths, scores),
-        "longer_preferred": mean(people for people, _ in longer),
-        "longer_scored_higher": mean(model for _, model in longer),
+        "longer_preferred": mean(longer[uneven] > 0),
+        "longer_scored_higher": mean((longer * margins)[uneven] > 0),
         "ranked_sets": len(sets),
         "partial_sets": partial,
         "kendall": mean(v for order in orders if (v := kendall(*order)) is not None),
         "spearman": mean(v for order in orders if (v := spearman(*order)) is not None),
-        "mean": center,
-        "std": math.sqrt(sum((value - center) ** 2 for value in scores) / len(scores)),
+        "mean": mean(scores),
+        "std": float(np.std(scores)),
     }

@@ -6,7 +6,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from rlhf.evaluation import statistics as statistics
+from rlhf.evaluation import statistics
 
 # answer, reference, ROUGE-1, -2, -L as rouge-score 0.1.2 gives them
 ROUGE = [
@@ -53,6 +53,23 @@ def test_rows_of_one_prompt_are_no_independent_evidence():
     assert statistics.interval(outcomes) == statistics.interval(outcomes, groups="abcd")
 
 
+def test_the_bounds_are_those_of_resamples_drawn_by_hand():
+    random = np.random.default_rng(7)
+    values, groups = random.normal(size=60), np.repeat(range(20), 3)
+    found = statistics.interval(values, groups, seed=5)
+    random = np.random.default_rng(5)
+    means = [values.reshape(20, 3)[random.integers(20, size=20)].mean() for _ in range(2000)]
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_there_is_nothing_to_draw_the_interval_is_a_point():
+    assert statistics.interval([]) is None
+    for values, groups in (([2.5], None), ([2.0, 3.0], "aa"), ([2.5, 2.5, 2.5], None)):
+        found = statistics.interval(values, groups)
+        assert found == {"mean": 2.5, "low": 2.5, "high": 2.5, "rows": len(values)}
+
+
 def test_a_perfect_and_an_inverted_model_are_told_apart():
     margins = np.random.default_rng(0).uniform(0, 3, size=20000)
     right = np.random.default_rng(1).random(len(margins)) < 1 / (1 + np.exp(-margins))
@@ -67,14 +84,17 @@ def test_a_perfect_and_an_inverted_model_are_told_apart():
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
 def test_rank_correlations_of_small_lists():
     assert statistics.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)  # five pairs agree, one does not
     assert statistics.kendall([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))
     assert statistics.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / (5 * 24))
     assert statistics.spearman([1, 10, 100], [3, 2, 1]) == pytest.approx(-1)
-    assert list(statistics.ranks([5, 1, 5, 9])) == [2.5, 1, 2.5, 4]
+    assert statistics.spearman([5, 1, 5, 9], [2.5, 1, 2.5, 4]) == pytest.approx(1)  # equal values share their rank
     for correlation in (statistics.kendall, statistics.spearman):
-        assert correlation([1, 1, 1], [1, 2, 3]) is None and correlation([1], [2]) is None
+        for first, second in (([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [1, 1, 1]), ([1], [2]), ([], [])):
+            assert correlation(first, second) is None
+        assert correlation([1, 2], [3, 2]) == pytest.approx(-1)
 
 
 def test_rankings_come_back_from_their_pairs():
