@@ -18,7 +18,6 @@ that was trained on data like these is no judge of anything else.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rlhf.user_error import UserError, run_tool
@@ -199,8 +198,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        run_tool(main, make_parser)
-    except KeyboardInterrupt as stopped:
-        print(f"\nstopped: {str(stopped) or 'no report yet'}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    run_tool(main, make_parser)

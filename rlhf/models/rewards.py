@@ -17,6 +17,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from rlhf.models.adapters import adapter_settings, base_revision
+from rlhf.models.fingerprints import sha256_of, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import (
     differing_tokens,
     load_reward_model,
@@ -46,11 +47,17 @@ class RewardModel:
 
     def __init__(self, model, head, tokenizer, name: str, adapter: str | None = None, differs: list[str] = ()):
         self.model, self.head, self.tokenizer, self.adapter = model, head, tokenizer, adapter
-        self.same_tokens = not differs
+        self.name, self.same_tokens = name, not differs
         self.max_length = max_positions(plain(model))
         path = Path(name) / STATISTICS
         statistics = json.loads(path.read_text()) if path.exists() else {}
         self.mean, self.std = statistics.get("mean"), statistics.get("std")
+
+    def fingerprint(self) -> list[str]:
+        """Hashes of all that decides its scores."""
+        base, adapter = resolve_model(self.name)
+        hashes = [weights_sha256(name) or name for name in (base, adapter) if name]
+        return [*hashes, tokenizer_sha256(self.tokenizer), str(self.mean), str(self.std)]
 
     def score_tokens(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
         """The score of each row of its own tokens, (rows,)."""
@@ -94,6 +101,10 @@ class RewardFunction:
         if not callable(self.function):
             known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
             raise UserError(f"{path} has no function {function}; it has {', '.join(known) or 'none'}")
+
+    def fingerprint(self) -> list[str]:
+        """The hash of its file: what that imports is the user's own to keep."""
+        return [sha256_of(Path(self.name.rpartition(":")[0])), self.name.rpartition(":")[2]]
 
     def __call__(self, prompts, completions, ended, columns=None) -> torch.Tensor:
         """The function's scores, (rows,).
