@@ -67,6 +67,9 @@ def check(args) -> None:
         raise UserError(
             "--dataset_names is missing: give those that the model was trained on; see prepare_data.py --list"
         )
+    folder = Path(args.output_dir)  # never a model's or a run's, which others take for what it was
+    if taken := [name for name in ("config.json", "adapter_config.json", "started.json") if (folder / name).exists()]:
+        raise UserError(f"--output_dir {folder} is a model's folder (it has {taken[0]}): give another one")
     if args.dataset_names and args.eval_dataset_names:
         raise UserError("give --dataset_names or --eval_dataset_names, not both")
     if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):

@@ -4,6 +4,8 @@ import json
 import textwrap
 from pathlib import Path
 
+from rlhf.user_error import visible
+
 WIDTH = 80
 NAME = 15  # of a model, on the terminal
 
@@ -212,7 +214,7 @@ def notes(report) -> list[str]:
 
 
 def clipped(text: str, most: int = 400) -> str:
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 2] + " …"
 
 

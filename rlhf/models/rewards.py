@@ -8,6 +8,7 @@ scores = reward(prompts, completions, ended, columns)
 import importlib.util
 import inspect
 import json
+import math
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -96,7 +97,10 @@ class RewardFunction:
             raise UserError(f"{path}: no such file, to take the reward function {function} from")
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
         self.name, self.function = name, getattr(module, function, None)
         if not callable(self.function):
             known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
@@ -124,7 +128,7 @@ class RewardFunction:
     def call(self, prompts, completions, columns) -> list:
         try:
             scores = self.function(prompts=prompts, completions=completions, **columns)
-        except Exception as error:  # the user's own code may raise anything: say where, and for which answer
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything: say where, for which answer
             for i in range(len(prompts) if len(prompts) > 1 else 0):
                 one = slice(i, i + 1)
                 self.call(prompts[one], completions[one], {key: values[one] for key, values in columns.items()})
@@ -149,6 +153,8 @@ class RewardFunction:
 def store_statistics(scores: torch.Tensor, folder: str) -> None:
     """Write down mean and standard deviation of a reward model's scores, (rows,), in its folder."""
     statistics = {"mean": scores.mean().item(), "std": scores.std().item(), "rows": len(scores)}
+    if not all(map(math.isfinite, statistics.values())):
+        raise UserError(f"the reward model's scores have mean {statistics['mean']} and deviation {statistics['std']}")
     (Path(folder) / STATISTICS).write_text(json.dumps(statistics) + "\n")
 
 

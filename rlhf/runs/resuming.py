@@ -46,7 +46,7 @@ class Resumable:
     `folder.begin` gives it the run's id, before `train()`.
     """
 
-    run_id = None
+    run_id, lock = None, None
     log_lines = 0  # of the log, before what is logged next
     epoch_ends = False  # whether what is saved now belongs to an epoch's end
     stop_asked = None  # the signal for which this save is the last thing to do
@@ -66,6 +66,10 @@ class Resumable:
             self._started, self.log_lines = self._started - self._resumed["seconds"], self._resumed["log_lines"]
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            if self.lock is not None:  # else held until run.json is written
+                self.lock.release()
+            raise
         finally:
             training_is_over()
 
