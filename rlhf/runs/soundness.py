@@ -16,6 +16,11 @@ class Sound:
     """Mixin for a `transformers.Trainer`: gradients, logged figures and trained weights are checked as they come."""
 
     def train(self, *args, **kwargs):
+        rows, batch = len(self.train_dataset), self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and rows < batch:
+            raise UserError(
+                f"--dataloader_drop_last: {rows} rows are less than one batch of {batch}: nothing to train on"
+            )
         before = self.trained_sums()
         result = super().train(*args, **kwargs)
         self.check_weights()
@@ -38,13 +43,15 @@ class Sound:
         own = {name: p.detach() for name, p in named if p.requires_grad}
         return {name: p.to_local() if hasattr(p, "to_local") else p for name, p in own.items()}
 
-    def trained_sums(self) -> list[tuple[float, float]]:
-        """Two sums of each trained weight: training that leaves all of them as they were has done nothing."""
-        sums = [
-            torch.stack([w.sum(dtype=torch.float64), w.abs().sum(dtype=torch.float64)])
-            for w in self.trained().values()
-        ]
-        return [tuple(pair) for pair in torch.stack(sums).tolist()] if sums else []
+    def trained_sums(self) -> list[list[float]]:
+        """Two sums of each trained weight: training that leaves all of them as they were has done nothing.
+
+        A critic's are left out: it is not what a run is for.
+        """
+        critic = getattr(self.accelerator.unwrap_model(self.model), "value_parameters", dict)()
+        weights = [weight for name, weight in self.trained().items() if name not in critic]
+        sums = [[w.sum(dtype=torch.float64), w.abs().sum(dtype=torch.float64)] for w in weights]
+        return torch.tensor(sums).tolist()
 
     def check_weights(self) -> None:
         """Raises a UserError that names the first trained weight that is not finite."""

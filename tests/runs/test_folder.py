@@ -46,11 +46,9 @@ def steps(folder) -> list[int]:
 def inputs(base, data, tmp_path_factory):
     """The base and the data in a folder of their own, and a run on them that was killed after its first checkpoint."""
     root = tmp_path_factory.mktemp("inputs")
-    (
-        shutil.copytree(base, root / "base"),
-        shutil.copy(data, root / "pairs.jsonl"),
-        shutil.copy(data, root / "held.jsonl"),
-    )
+    shutil.copytree(base, root / "base")
+    shutil.copy(data, root / "pairs.jsonl")
+    grow(root / "held.jsonl")
     flags = FLAGS | {"model_name_or_path": root / "base", "dataset_names": root / "pairs.jsonl"}
     killed("sft_training", 4, output_dir=root / "run", **flags)
     return root

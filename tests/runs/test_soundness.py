@@ -60,7 +60,11 @@ def test_the_first_value_that_is_not_finite_stops_the_run(stage, road, saved, ba
         ("sft", {"learning_rate": 0.0}, "changed not one weight"),
         ("reward", {"lora_alpha": 0, "model_name_or_path": "BASE", "learning_rate": 0.0}, "changed not one weight"),
         ("dpo", {"learning_rate": 1e-30}, "changed not one weight"),
-        ("sft", {"dataloader_drop_last": True, "per_device_train_batch_size": 200, "max_steps": -1}, "not one step"),
+        (
+            "sft",
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 200, "max_steps": -1},
+            "less than one batch",
+        ),
         ("ppo", {"learning_rate": 0.0}, "changed not one weight"),
         ("ppo", {"value_warmup_updates": 3}, "changed not one weight"),
     ],
