@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow bench-ppo lint format clean
+.PHONY: demo test test-slow test-resume bench-ppo lint format clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
@@ -11,9 +11,13 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-# minutes: merges and PPO runs killed at random moments, full disks
+# minutes: merges and runs killed at many moments, full disks
 test-slow: .venv/ready
 	$(BIN)/python -m pytest tests/slow
+
+# of these: runs of all four trainers killed, damaged and stopped, with their tables
+test-resume: .venv/ready
+	$(BIN)/python -m pytest -s tests/slow/test_resume.py
 
 # a quarter of an hour: speed and memory of PPO beside TRL 1.12.0's, in a virtual environment of its own
 bench-ppo: .venv/ready .venv-trl/ready

@@ -19,14 +19,16 @@ from prepare_data import describe, load_datasets
 from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
 from rlhf.models.rendering import encode_preference, tokenize
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
+from rlhf.runs.record import finish, plan
 from rlhf.runs.trainers import CheckedDPOTrainer
 from rlhf.user_error import UserError
 
 
 def main(script_args, training_args, model_args):
-    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    arguments = script_args, training_args, model_args
+    checkpoint = find_resume(arguments, [model_args.model_name_or_path])
     if training_args.beta <= 0:
         raise UserError(f"--beta {training_args.beta:g}: the preferences' weight is above 0")
     if training_args.neftune_noise_alpha:
@@ -62,13 +64,13 @@ def main(script_args, training_args, model_args):
     say(plan(trainer, data))
     if script_args.dry_run:
         return
-    begin((script_args, training_args, model_args), checkpoint)
+    begin(trainer, arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
     finish(
         trainer,
-        (script_args, training_args, model_args),
+        arguments,
         data,
         then=[f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"],
     )

@@ -18,7 +18,6 @@ that was trained on data like these is no judge of anything else.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rlhf.user_error import UserError, run_tool
@@ -68,6 +67,9 @@ def check(args) -> None:
         raise UserError(
             "--dataset_names is missing: give those that the model was trained on; see prepare_data.py --list"
         )
+    folder = Path(args.output_dir)  # never a model's or a run's, which others take for what it was
+    if taken := [name for name in ("config.json", "adapter_config.json", "started.json") if (folder / name).exists()]:
+        raise UserError(f"--output_dir {folder} is a model's folder (it has {taken[0]}): give another one")
     if args.dataset_names and args.eval_dataset_names:
         raise UserError("give --dataset_names or --eval_dataset_names, not both")
     if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):
@@ -199,8 +201,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        run_tool(main, make_parser)
-    except KeyboardInterrupt as stopped:
-        print(f"\nstopped: {str(stopped) or 'no report yet'}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    run_tool(main, make_parser)

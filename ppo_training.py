@@ -23,8 +23,10 @@ from rlhf.models.rewards import load_reward
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
+from rlhf.runs.record import finish, plan
+from rlhf.runs.trainers import checked
 from rlhf.user_error import UserError
 
 
@@ -44,7 +46,8 @@ class PPOScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args):
-    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    arguments = script_args, training_args, model_args
+    checkpoint = find_resume(arguments, [model_args.model_name_or_path, script_args.reward_model_name_or_path])
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
@@ -72,7 +75,7 @@ def main(script_args, training_args, model_args):
     say(describe(data))
     evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
-    trainer = PPOTrainer(
+    trainer = checked(PPOTrainer)(
         model=policy,
         args=training_args,
         reward_model=reward_model,
@@ -84,13 +87,13 @@ def main(script_args, training_args, model_args):
     say(plan(trainer, data))
     if script_args.dry_run:
         return
-    begin((script_args, training_args, model_args), checkpoint)
+    begin(trainer, arguments, checkpoint, reward_model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
     finish(
         trainer,
-        (script_args, training_args, model_args),
+        arguments,
         data,
         then=[f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"],
     )

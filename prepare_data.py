@@ -33,7 +33,7 @@ from rlhf.data.rows import (
     user,
 )
 from rlhf.data.sources import DATASETS, dataset
-from rlhf.user_error import UserError, run_tool
+from rlhf.user_error import UserError, run_tool, visible
 
 
 @dataset(
@@ -249,7 +249,7 @@ def preview(rows, count: int) -> str:
         for column in (column for column in row if column != "dataset"):
             value = row[column]
             turns = value if isinstance(value, list) else [{"role": "", "content": str(value)}]
-            texts += [f"{column} {turn['role']}: {turn['content']}" for turn in turns]
+            texts += [f"{column} {turn['role']}: {visible(turn['content'])}" for turn in turns]
     return "\n".join(texts)
 
 

@@ -20,8 +20,9 @@ from rlhf.models.rendering import encode_preference, tokenize
 from rlhf.models.rewards import store_statistics
 from rlhf.models.rollout import score
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
+from rlhf.runs.record import finish, plan
 from rlhf.runs.trainers import CheckedRewardTrainer
 from rlhf.user_error import UserError
 
@@ -40,7 +41,8 @@ def join_prompt(row):
 
 
 def main(script_args, training_args, model_args):
-    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    arguments = script_args, training_args, model_args
+    checkpoint = find_resume(arguments, [model_args.model_name_or_path])
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
@@ -81,7 +83,7 @@ def main(script_args, training_args, model_args):
     say(plan(trainer, data))
     if script_args.dry_run:
         return
-    begin((script_args, training_args, model_args), checkpoint)
+    begin(trainer, arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
@@ -92,7 +94,7 @@ def main(script_args, training_args, model_args):
         store_statistics(score(model, answers, tokenizer.pad_token_id), folder)
     finish(
         trainer,
-        (script_args, training_args, model_args),
+        arguments,
         data,
         then=[
             f"ppo_training.py --model_name_or_path={model_args.model_name_or_path}"

@@ -24,8 +24,9 @@ from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
 from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
 from rlhf.models.rendering import encode_demonstration, tokenize
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
+from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
+from rlhf.runs.record import finish, plan
 from rlhf.runs.trainers import CheckedSFTTrainer
 from rlhf.user_error import UserError
 
@@ -49,7 +50,8 @@ class SFTScriptArguments(ScriptArguments):
 
 
 def main(script_args, training_args, model_args):
-    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
+    arguments = script_args, training_args, model_args
+    checkpoint = find_resume(arguments, [model_args.model_name_or_path])
     if (training_args.packing or training_args.eval_packing) and "flash" not in (model_args.attn_implementation or ""):
         raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
     if script_args.early_stopping_patience and not training_args.metric_for_best_model:
@@ -92,13 +94,13 @@ def main(script_args, training_args, model_args):
     say(plan(trainer, data))
     if script_args.dry_run:
         return
-    begin((script_args, training_args, model_args), checkpoint)
+    begin(trainer, arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
     finish(
         trainer,
-        (script_args, training_args, model_args),
+        arguments,
         data,
         then=[
             f"reward_modeling.py --model_name_or_path={folder} --output_dir={folder}_reward --dataset_names=ufb",

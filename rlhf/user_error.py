@@ -1,4 +1,10 @@
+import re
 import sys
+
+
+def visible(text: str) -> str:
+    """Text of data as a terminal may show it: what could steer it (escapes, writing direction) as `\\x1b` and such."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: repr(m[0])[1:-1], text)
 
 
 class UserError(Exception):
@@ -10,5 +16,8 @@ def run_tool(main, make_parser) -> None:
     try:
         main(make_parser().parse_args())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped: {str(stopped) or 'nothing was written'}", file=sys.stderr)
+        sys.exit(130)

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 import dpo_training
 from rlhf.models.fingerprints import tokenizer_sha256
-from rlhf.runs.folder import find_resume
 from rlhf.user_error import UserError
 from sft_training import CheckedSFTTrainer
 from tests.conftest import run_script
@@ -124,81 +123,3 @@ def test_a_finished_folder_is_not_trained_into_again(saved, base, data):
     with pytest.raises(UserError, match="--overwrite_output_dir"):
         run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=saved["sft"])
     assert (Path(saved["sft"]) / "adapter_model.safetensors").read_bytes() == before
-
-
-def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, tmp_path):
-    flags = {"model_name_or_path": base, "dataset_names": data, "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2}
-    whole = run_script("sft_training", output_dir=tmp_path / "whole", **flags)
-    again = tmp_path / "again"
-    run_script("sft_training", output_dir=again, **flags)
-    for name in ("run.json", "adapter_model.safetensors"):
-        (again / name).unlink()
-    for file in (again / "checkpoint-4").iterdir():
-        file.unlink()
-    (again / "checkpoint-4").rmdir()
-    run_script("sft_training", output_dir=again, **flags)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (again, whole))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert [entry["step"] for entry in log(again) if "loss" in entry] == [1, 2, 3, 4]
-
-
-def test_an_interrupted_run_is_not_resumed_with_other_arguments(base, data, tmp_path):
-    flags = {"model_name_or_path": base, "dataset_names": data, "max_steps": 2, "save_steps": 1}
-    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "output_dir": tmp_path / "sft"}
-    run_script("sft_training", **flags)
-    (tmp_path / "sft" / "run.json").unlink()
-    for changed, says in (
-        ({"learning_rate": 5e-5}, "learning_rate: 0.0002, and now 5e-05\n  resume it with the same"),
-        ({"seed": 7, "lora_r": 4}, "lora_r: left out, and now 4\n  seed: left out, and now 7"),
-        ({"gradient_accumulation_steps": 2}, "rows a step: 2, and now 4"),
-    ):
-        with pytest.raises(UserError, match=says):
-            run_script("sft_training", **(flags | changed))
-    elsewhere = {"output_dir": tmp_path / "other", "resume_from_checkpoint": tmp_path / "sft" / "checkpoint-1"}
-    with pytest.raises(UserError, match="sft was started with other arguments:\n  seed"):
-        run_script("sft_training", **(flags | elsewhere | {"seed": 7}))
-    memory = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 2}
-    run_script("sft_training", **(flags | memory))
-
-
-class Arguments:
-    resume_from_checkpoint, eval_on_start, eval_strategy, enable_jit_checkpoint = None, True, "steps", False
-
-    def __init__(self, output_dir, **others):
-        self.output_dir = str(output_dir)
-        vars(self).update(others)
-
-
-def test_a_run_without_evaluation_does_not_evaluate_at_its_start(tmp_path):
-    arguments = Arguments(tmp_path, eval_strategy="no")
-    assert find_resume(arguments, overwrite=False) is None and not arguments.eval_on_start
-
-
-def test_a_run_that_would_end_early_and_look_complete_is_refused(tmp_path):
-    with pytest.raises(UserError, match="see --save_steps"):
-        find_resume(Arguments(tmp_path, enable_jit_checkpoint=True), overwrite=False)
-
-
-def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
-    """transformers would resume it with exit code 0 and wrong weights."""
-    whole = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-    for step, files in ((10, whole), (9, ()), (20, ())):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for file in files:
-            (tmp_path / f"checkpoint-{step}" / file).write_text("{}")
-    assert find_resume(Arguments(tmp_path), overwrite=False).endswith("checkpoint-10")
-    (tmp_path / "checkpoint-10" / "scheduler.pt").unlink()
-    with pytest.raises(UserError, match="not empty"):
-        find_resume(Arguments(tmp_path), overwrite=False)
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
-    """Or the same command would refuse the folder, and a user would have to delete it by hand."""
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "checkpoint-9").mkdir()
-    for name in ("training_log.jsonl", "checkpoint-9/optimizer.pt", "checkpoint-9/trainer_state.json"):
-        (tmp_path / name).touch()  # the last one was opened, and not yet written
-    assert find_resume(Arguments(tmp_path), overwrite=False) is None
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="not empty"):
-        find_resume(Arguments(tmp_path), overwrite=False)

@@ -141,7 +141,9 @@ def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temper
                 file.flush()
     except KeyboardInterrupt:
         done = sum(place in found for place in wanted)
-        raise KeyboardInterrupt(f"{done} of {len(wanted)} answers of {model.label} are in {path}") from None
+        raise KeyboardInterrupt(
+            f"{done} of {len(wanted)} answers of {model.label} are in {path}; the same command goes on"
+        ) from None
     keys = [prompt_key(row["prompt"]) for row in rows]
     return [[found[key, i] for i in range(samples)] if prompts[key] else None for key in keys]
 

@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
+from rlhf.user_error import visible
+
 WIDTH = 80
 NAME = 15  # of a model, beside its samples and in the picture
 PAGE = Template(
@@ -160,7 +162,7 @@ def sections(report) -> list[tuple[str, list]]:
 
 
 def clipped(text: str, most: int = 400) -> str:
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= most else text[: most - 2] + " …"
 
 

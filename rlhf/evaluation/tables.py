@@ -140,11 +140,16 @@ def conversation(prompt) -> str:
     return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{t['role']}: {t['content']}" for t in prompt)
 
 
+def cell(value):
+    """A value as a spreadsheet shows it: a text that starts like a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
 
 
 def write_samples(path: Path, rows, answers, scores, best_of: dict) -> None:

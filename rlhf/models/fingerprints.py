@@ -21,12 +21,17 @@ def weights_sha256(name: str, revision: str | None = None) -> str | None:
     """The hash of a model's (or adapter's) weights, all bytes; None if it has no safetensors on this machine."""
     folder = find_weights(name, revision)
     files = sorted(folder.glob("*.safetensors")) if folder else []
+    return sha256_of(*files) if files else None
+
+
+def sha256_of(*paths: Path) -> str:
+    """The hash of files, one after another."""
     digest = hashlib.sha256()
-    for path in files:
+    for path in paths:
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    return digest.hexdigest() if files else None
+    return digest.hexdigest()
 
 
 def tokenizer_sha256(tokenizer) -> str:

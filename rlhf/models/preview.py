@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from rlhf.models.rendering import Unrenderable, encode_demonstration, encode_preference, encode_prompt, tokenize
+from rlhf.user_error import visible
 
 ENCODERS = {"sft": encode_demonstration, "preference": encode_preference, "prompt": encode_prompt}
 CONTEXT, LOSS, REJECTED, PLAIN = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
@@ -19,7 +20,7 @@ def show_row(row: dict, task: str, tokenizer, **limits) -> str:
     """One row as it will be trained on: context dim, what carries loss (or is chosen) green, what is rejected red."""
 
     def paint(colour, ids):
-        return f"{colour}{tokenizer.decode(ids)}{PLAIN}" if ids else ""
+        return f"{colour}{visible(tokenizer.decode(ids))}{PLAIN}" if ids else ""
 
     try:
         encoded = ENCODERS[task](row, tokenizer, **limits)

@@ -8,6 +8,7 @@ scores = reward(prompts, completions, ended, columns)
 import importlib.util
 import inspect
 import json
+import math
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from rlhf.models.adapters import adapter_settings, base_revision
+from rlhf.models.fingerprints import sha256_of, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import (
     differing_tokens,
     load_reward_model,
@@ -46,11 +48,17 @@ class RewardModel:
 
     def __init__(self, model, head, tokenizer, name: str, adapter: str | None = None, differs: list[str] = ()):
         self.model, self.head, self.tokenizer, self.adapter = model, head, tokenizer, adapter
-        self.same_tokens = not differs
+        self.name, self.same_tokens = name, not differs
         self.max_length = max_positions(plain(model))
         path = Path(name) / STATISTICS
         statistics = json.loads(path.read_text()) if path.exists() else {}
         self.mean, self.std = statistics.get("mean"), statistics.get("std")
+
+    def fingerprint(self) -> list[str]:
+        """Hashes of all that decides its scores."""
+        base, adapter = resolve_model(self.name)
+        hashes = [weights_sha256(name) or name for name in (base, adapter) if name]
+        return [*hashes, tokenizer_sha256(self.tokenizer), str(self.mean), str(self.std)]
 
     def score_tokens(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
         """The score of each row of its own tokens, (rows,)."""
@@ -89,11 +97,18 @@ class RewardFunction:
             raise UserError(f"{path}: no such file, to take the reward function {function} from")
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
+            raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
         self.name, self.function = name, getattr(module, function, None)
         if not callable(self.function):
             known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
             raise UserError(f"{path} has no function {function}; it has {', '.join(known) or 'none'}")
+
+    def fingerprint(self) -> list[str]:
+        """The hash of its file: what that imports is the user's own to keep."""
+        return [sha256_of(Path(self.name.rpartition(":")[0])), self.name.rpartition(":")[2]]
 
     def __call__(self, prompts, completions, ended, columns=None) -> torch.Tensor:
         """The function's scores, (rows,).
@@ -113,7 +128,7 @@ class RewardFunction:
     def call(self, prompts, completions, columns) -> list:
         try:
             scores = self.function(prompts=prompts, completions=completions, **columns)
-        except Exception as error:  # the user's own code may raise anything: say where, and for which answer
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything: say where, for which answer
             for i in range(len(prompts) if len(prompts) > 1 else 0):
                 one = slice(i, i + 1)
                 self.call(prompts[one], completions[one], {key: values[one] for key, values in columns.items()})
@@ -138,6 +153,8 @@ class RewardFunction:
 def store_statistics(scores: torch.Tensor, folder: str) -> None:
     """Write down mean and standard deviation of a reward model's scores, (rows,), in its folder."""
     statistics = {"mean": scores.mean().item(), "std": scores.std().item(), "rows": len(scores)}
+    if not all(map(math.isfinite, statistics.values())):
+        raise UserError(f"the reward model's scores have mean {statistics['mean']} and deviation {statistics['std']}")
     (Path(folder) / STATISTICS).write_text(json.dumps(statistics) + "\n")
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rlhf.ppo.algorithm import kl_per_token
+from rlhf.user_error import visible
 
 
 def compare(scores: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -62,6 +63,7 @@ def show_samples(samples: list[dict], update: int, output_dir: str, shown: int =
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     for sample in samples[:shown]:
+        sample = {key: visible(value) if isinstance(value, str) else value for key, value in sample.items()}
         tqdm.write(textwrap.shorten(f"  prompt ... {' '.join(sample['prompt'].split())[-100:]}", 80))
         for who, answer, score in (("start", "starting_answer", "starting_score"), ("now", "answer", "score")):
             tqdm.write(textwrap.shorten(f"  {who:5} {sample[score]:6.2f}  {sample[answer] or '(empty)'}", 80))

@@ -65,6 +65,7 @@ class Experience:
         """
         ppo, first = self.ppo, self.trainer.args.process_index * self.ppo.local_batch_size
         batch = self.sample(rows, self.noise((0, update), ppo.batch_size)[first : first + ppo.local_batch_size])
+        check_finite(update, **{name: batch[name] for name in ("logprobs", "values")})
         if update == 0 and batch["mask"].shape[1] == 1 and batch["ended"].all():
             raise UserError(
                 "the policy ends every answer of the first batch at once: there is nothing to score\n"
@@ -75,6 +76,7 @@ class Experience:
         if ppo.missing_eos_penalty is not None:
             scores = scores - ppo.missing_eos_penalty * ~batch["ended"]
         kl = kl_per_token(batch["logprobs"], ref_logprobs, ppo.kl_estimator) * batch["mask"]
+        check_finite(update, scores=scores, kl=kl)
         return {**batch, "scores": scores, "kl": kl}
 
     def summarize(self, batch: dict, kl_coef: float) -> dict[str, float]:
@@ -185,3 +187,14 @@ class Experience:
         """Means of (rows,) tensors over the rows of all processes."""
         sums = self.accelerator.reduce(torch.stack([v.float().sum() for v in values.values()]))
         return dict(zip(values, (sums / rows).tolist(), strict=True))
+
+
+def check_finite(update: int, **values) -> None:
+    """Raises a UserError that names the first tensor in which something is not finite."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            what = "reward model" if name == "scores" else "policy" if name in ("logprobs", "kl") else "critic"
+            raise UserError(
+                f"update {update}: the {name} of the sampled answers are not finite\n"
+                f"  look at the {what}, or lower --learning_rate; what was saved before is kept"
+            )

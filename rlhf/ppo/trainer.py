@@ -101,6 +101,11 @@ class PPOTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_size=size, sampler=sampler, collate_fn=self.data_collator)
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether an update is complete: a checkpoint within one could not be resumed."""
+        return self.state.global_step % self.schedule.steps == 0
+
     def _prepare_inputs(self, inputs):
         return inputs  # where they belong already
 

@@ -6,9 +6,11 @@ the machine, and turns a user's mistake into `error: ...` with exit code 2.
 """
 
 import difflib
+import errno
 import json
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 
@@ -17,7 +19,8 @@ import yaml
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, TrlParser
 
-from rlhf.user_error import UserError
+from rlhf.runs.signals import Stopped, listen
+from rlhf.user_error import UserError, visible
 
 TOKENIZER = ("eos_token", "pad_token", "chat_template_path")  # TRL would change it after the data is tokenised
 
@@ -170,6 +173,7 @@ class StageParser(TrlParser):
                     raise UserError(f"--{name}: a model keeps its tokenizer; change the tokenizer's own files instead")
             if getattr(arguments, "load_best_model_at_end", False) and arguments.eval_strategy == "no":
                 raise UserError("--load_best_model_at_end: nothing is best with --eval_strategy no")
+            hide_secrets(arguments)
         for tracker in (name for arguments in parsed for name in getattr(arguments, "report_to", None) or ()):
             if tracker not in get_available_reporting_integrations():
                 raise UserError(f"--report_to {tracker} is not installed here, or not known\n  pip install {tracker}")
@@ -219,23 +223,60 @@ def _split_config(args):
     return files, flags
 
 
+# names of flags whose values are stored and shown nowhere, and the flags so called that are no secrets
+SECRET, NO_SECRET = re.compile(r"(^|_)(token|key|password|secret)$"), ("eos_token", "pad_token", "stop_token")
+
+
+def is_secret(name: str) -> bool:
+    return bool(SECRET.search(name)) and name not in NO_SECRET
+
+
 def settings(arguments) -> dict:
     """The arguments that are not their class's own default, for run.json."""
     values = {f.name: (getattr(arguments, f.name), f.default) for f in fields(arguments) if f.init}
-    return {
-        k: v for k, (v, default) in values.items() if v != default and isinstance(v, (str, int, float, bool, list))
-    }
+    plain = (str, int, float, bool, list, dict)
+    return {k: v for k, (v, default) in values.items() if v != default and isinstance(v, plain) and not is_secret(k)}
+
+
+def hide_secrets(arguments) -> None:
+    """A hub token goes where huggingface_hub reads it; the Trainer would store it with its arguments."""
+    for f in fields(arguments):
+        if is_secret(f.name) and (value := getattr(arguments, f.name, None)):
+            os.environ["HF_TOKEN"] = value
+            setattr(arguments, f.name, None)
+
+
+def as_typed(words: list[str]) -> str:
+    """The command of this process, to be typed again, without what is secret in it."""
+    shown, hide = [], False
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        shown.append("..." if hide else f"--{name}=..." if "=" in word and is_secret(name) else word)
+        hide = word.startswith("--") and "=" not in word and is_secret(name)
+    return shlex.join(shown)
 
 
 def run(main, make_parser):
-    """A script's guard: parse, run, and end a user's mistake with exit code 2 and no traceback."""
+    """A script's guard: parse, run, and end a mistake, a full disk or a signal in a line, with its exit code."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    listen()
     try:
         parser = make_parser()
         parsed = parser.parse_args_and_config()
-        if int(os.environ.get("RANK", 0)) == 0:
+        if first:
             print(f"machine: {parser.machine}")
         main(*parsed)
+        return
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"error: {visible(str(error))}", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message, code = f"error: the disk is full: {error}\n  make room; the same command goes on", 2
+    except SystemExit as error:  # of code that the user brought, such as a reward function
+        message, code = f"error: something in the run called sys.exit({error.code}) before its end", 2
+    except Stopped as stopped:
+        message, code = f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", stopped.code
+    if first:
+        print(message, file=sys.stderr)
+    sys.exit(code)

@@ -7,6 +7,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from rlhf.runs.checkpoints import write_whole
+
+LOG = "training_log.jsonl"
+
 # What a reader wants to see of a stage, in this order: curves are drawn of all that a log has, the bar shows the first
 # ones.
 CURVES = [
@@ -23,16 +27,15 @@ def say(text: str) -> None:
 class RunLog(TrainerCallback):
     """Writes each log entry to `training_log.jsonl` and draws the curves at each checkpoint."""
 
+    def __init__(self, trainer):
+        self.trainer = trainer
+
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.path = Path(args.output_dir) / "training_log.jsonl"
+            self.path = Path(args.output_dir) / LOG
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            log = read_log(self.path) if state.global_step else []
-            # without the summary of a run that was killed after its last step: it comes again
-            kept = [entry for entry in log if entry["step"] <= state.global_step and "train_runtime" not in entry]
-            unfinished = self.path.with_suffix(".jsonl.tmp")
-            unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            unfinished.replace(self.path)
+            kept = read_log(self.path)[: self.trainer.log_lines]  # what came after the checkpoint comes again
+            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and hasattr(self, "path"):
@@ -102,7 +105,7 @@ class Progress(TrainerCallback):
 
 def watch(trainer) -> None:
     """Give a trainer the log, the curves and the bar of this module."""
-    log, train = RunLog(), trainer.train
+    log, train = RunLog(trainer), trainer.train
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(log)
     trainer.add_callback(Progress())

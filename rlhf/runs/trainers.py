@@ -1,4 +1,4 @@
-"""TRL's trainers for rows that are tokenised already, with what must hold checked at the first steps."""
+"""Trainers whose runs can be trusted: TRL's, for rows that are tokenised already, and any other by `checked`."""
 
 import math
 from functools import partial
@@ -7,19 +7,26 @@ from peft import PeftModel
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from rlhf.runs.named_evaluation import NamedEvaluation
+from rlhf.runs.resuming import Resumable
+from rlhf.runs.soundness import Sound
 
 
-class CheckedSFTTrainer(NamedEvaluation, SFTTrainer):
+def checked(trainer_class: type) -> type:
+    """A `transformers.Trainer` class whose runs are resumed exactly, and stop at what is not finite."""
+    return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, trainer_class), {})
+
+
+class CheckedSFTTrainer(NamedEvaluation, checked(SFTTrainer)):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class CheckedRewardTrainer(NamedEvaluation, RewardTrainer):
+class CheckedRewardTrainer(NamedEvaluation, checked(RewardTrainer)):
     pass
 
 
-class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
+class CheckedDPOTrainer(NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):
