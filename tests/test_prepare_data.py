@@ -187,7 +187,7 @@ EXPECTED = {
             [[*WALK, QUAY, "u: Is it far?"], ["a: Ten minutes from the station."]],
             [["u: Wo ist der Hafen?"], ["a: Hinter dem Markt."]],
         ],
-        {},
+        {"rejected message, or below one": 1},
     ),
     ("oasst1", "preference"): (
         [
@@ -195,7 +195,7 @@ EXPECTED = {
             [WALK, [QUAY], ["a: Along the lit quay."]],
             [WALK, ["a: Along the lit quay."], ["a: Nowhere."]],
         ],
-        {"nothing for preference": 1},
+        {"rejected message, or below one": 1, "nothing for preference": 1},
     ),
     ("oasst1", "prompt"): (
         [
@@ -204,7 +204,7 @@ EXPECTED = {
             [[*WALK, QUAY, "u: Is it far?"], "Ten minutes from the station."],
             [["u: Wo ist der Hafen?"], "Hinter dem Markt."],
         ],
-        {},
+        {"rejected message, or below one": 1},
     ),
     ("self_instruct", "sft"): (
         [

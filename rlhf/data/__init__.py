@@ -5,6 +5,6 @@ tokenizer or a trainer: rows are messages here, and become tokens in `rlhf.model
 
 To add a dataset, add a function to prepare_data.py, not here. Read in this order: names (the grammar of
 --dataset_names), sources (where the rows behind a name come from), files (readers of each format), layouts (which
-keys a file's rows may have), rows (what a row is, and when it is dropped), cache (prepared once), mixing (split,
-leaks, samples, order), loading (`load_datasets`, which the scripts call).
+keys a file's rows may have), trees (Open Assistant's), rows (what a row is, and when it is dropped), columns (that a
+row is read whole), cache (prepared once), mixing (split, leaks, samples, order), loading (`load_datasets`).
 """

@@ -5,6 +5,8 @@
 Rows are conversational and carry no chat markup; the tokenizer's template renders them, later and elsewhere.
 """
 
+import ast
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +14,7 @@ from itertools import combinations
 from typing import TypedDict, get_args, get_type_hints
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-MAX_PAIRS_PER_PROMPT = 10  # a prompt with nine ranked replies has 36 pairs and would outweigh its neighbours
+ASKED = "prompt|instruction|INSTRUCTION|question|user_input|query"
 
 
 class Prompt(TypedDict):
@@ -54,10 +56,13 @@ COLUMNS = {
     "prompt": ("prompt", "reference"),
 }
 ROLES = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"),
+    "text": "text",  # no turn: a text to imitate as it stands, alone in its row
 }
+TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
+MARKS = ("label", "kto_tag", "weight", "train", "trainable", "training", "loss")  # false or 0: not to be imitated
 
 
 class Skip(Exception):
@@ -119,29 +124,114 @@ def parse_transcript(text: str) -> list[Message]:
 
 
 def as_messages(value, role: str = "user") -> list[Message]:
-    """Messages from what datasets hold: a text, an HH transcript, or a list in OpenAI's or ShareGPT's keys."""
+    """Messages from what datasets hold: a text, an HH transcript, one message, or a list of them, as text too."""
     if isinstance(value, str):
-        transcript = value.lstrip().startswith("Human:")
-        return parse_transcript(value) if transcript else [{"role": role, "content": value}]
-    return [
-        {"role": turn["role"], "content": turn["content"]}
-        if "role" in turn
-        else {"role": turn["from"], "content": turn["value"]}
-        for turn in value
-    ]
+        if value.lstrip().startswith("Human:"):
+            return parse_transcript(value)
+        value = written_messages(value) or value
+    if isinstance(value, dict):
+        value = [value]
+    return [as_message(turn) for turn in value] if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def demonstration(messages: list[Message]) -> Demonstration:
+def written_messages(text: str) -> list[dict] | None:
+    """The messages that a text holds as JSON or as Python's repr; None of any other text, JSON that answers too."""
+    if not re.match(r"\s*\[\s*\{\s*['\"]|\s*\{\s*['\"](role|content|from|value)['\"]", text):
+        return None
+    turns = parsed(text)
+    if isinstance(turns, dict) and str(turns.get("role", turns.get("from"))) in (*ROLES, *TOOL_ROLES):
+        turns = [turns]
+    keys = [{"role", "content"}, {"from", "value"}]
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and any(k <= t.keys() for k in keys) for t in turns):
+        return None
+    for key in (key for turn in turns for key, value in turn.items() if value not in (None, "", [], {})):
+        if key not in ("role", "content", "from", "value", *MARKS):
+            raise BadRow(f"a message that is written as text has {key!r}: put the list itself into the column")
+    return turns
+
+
+def parsed(text: str):
+    """The value that a text writes down as JSON or as Python's repr, numpy's line breaks included, or None."""
+    for parse in (json.loads, lambda text: ast.literal_eval(text.strip().replace("}\n {", "}, {"))):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def as_message(turn) -> Message:
+    """One message in OpenAI's or ShareGPT's keys; `masked` names the mark of an answer that is not to be imitated."""
+    if not isinstance(turn, dict):
+        raise BadRow("a message is no object with role and content")
+    role, content = ("role", "content") if turn.get("role") is not None else ("from", "value")
+    message = {"role": known_role(turn.get(role)), "content": turn.get(content)}
+    for mark in MARKS if len(turn) > 2 else ():
+        if turn.get(mark) is not None:
+            answers = message["role"] == "assistant"
+            if is_set(mark, turn[mark]) is not answers:
+                if not answers:
+                    raise BadRow(f"{mark!r} is set on a turn of the {message['role']}'s: only answers are imitated")
+                message["masked"] = mark
+    return message
+
+
+def known_role(role) -> str:
+    """Our name of a role; raises BadRow for those that are none or cannot be used."""
+    role = str(role)
+    if role in TOOL_ROLES:
+        raise BadRow(f"role {role!r} cannot be used: write what the tool was told and what it said into the texts")
+    if role not in ROLES:
+        raise BadRow(f"unknown role {role[:30]!r}")
+    return ROLES[role]
+
+
+def is_set(mark: str, value) -> bool:
+    """What the mark of an answer says: whether it is to be imitated."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    try:
+        return known[str(value).strip().lower()]
+    except KeyError:
+        raise BadRow(f"{mark!r} is {str(value)[:20]!r}: known are true or 1, and false or 0") from None
+
+
+def demonstration(messages, role: str = "user") -> Demonstration:
     """A conversation whose answers are all worth imitating: the completion starts at the first of them."""
-    first = next((i for i, turn in enumerate(messages) if ROLES.get(turn["role"]) == "assistant"), len(messages))
+    messages = as_messages(messages, role)
+    answers = ("assistant", "text")
+    first = next((i for i, turn in enumerate(messages) if ROLES.get(str(turn["role"])) in answers), len(messages))
     return {"prompt": messages[:first], "completion": messages[first:]}
+
+
+def imitated(row: dict) -> Iterator[dict]:
+    """A row for each run of answers to imitate; what is marked otherwise is part of the next one's prompt."""
+    answers = [turn for column in ("completion", "chosen", "rejected") for turn in row.get(column, ())]
+    marks = [turn["masked"] for turn in answers if "masked" in turn]
+    if "completion" not in row:
+        if marks:
+            raise BadRow(f"an answer of a pair is marked by {marks[0]!r}")
+        yield row
+        return
+    turns, start, given = row["prompt"] + row["completion"], None, False
+    for i in range(len(row["prompt"]), len(turns) + 1):
+        ends = i == len(turns) or "masked" in turns[i]
+        if ends and start is not None:
+            given = True
+            yield row | {"prompt": turns[:start], "completion": turns[start:i]}
+            start = None
+        elif not ends and start is None and ROLES.get(str(turns[i]["role"])) in ("assistant", "text"):
+            start = i
+    if marks and not given:
+        yield Skip(f"its answers are marked as bad ({marks[0]!r})")
+    elif not given:
+        yield row
 
 
 def clean(row: dict) -> dict:
     """The row with stripped texts and the three known role names; raises BadRow where that cannot be done."""
     for column in ("prompt", "completion", "chosen", "rejected"):
         if column in row:
-            row[column] = [clean_message(message) for message in row[column]]
+            row[column] = [clean_message(message) for message in row[column] if not is_empty_system(message)]
     for column in ("margin", "score"):
         if row.get(column) is not None:
             row[column] = float(row[column])
@@ -151,38 +241,52 @@ def clean(row: dict) -> dict:
         row["responses"] = [clean_message(assistant(text))["content"] for text in a_list(row["responses"])]
         if len(row["responses"]) != len(row["ranks"]):
             raise BadRow("responses and ranks differ in number")
-    if not isinstance(row.get("reference", ""), str):
-        raise BadRow("a text is not a string")
+    if "reference" in row:
+        row["reference"] = text_of(row["reference"])
     return row
 
 
 def a_list(value) -> list:
-    """The value if it is a list: a text would be taken for a list of letters."""
+    """The value if it is a list, or the list that a text writes down: a text would be taken for a list of letters."""
+    value = parsed(value) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise BadRow("a column that should be a list is none")
     return value
 
 
+def text_of(value) -> str:
+    """The text that a value is: a string, a number, or parts that are all texts."""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        kinds = [part.get("type") or "text" for part in value]
+        other = next((kind for kind in kinds if kind not in ("text", "input_text", "output_text")), None)
+        if other is not None:
+            raise BadRow(f"content of type {str(other)[:30]!r} cannot be used: only text is")
+        value = "".join(text_of(part.get("text")) for part in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        named = "dict" if isinstance(value, dict) else type(value).__name__
+        raise BadRow("a text is missing" if value is None else f"a text is not a string but {named}")
+    return value
+
+
+def is_empty_system(message: Message) -> bool:
+    return ROLES.get(str(message["role"])) == "system" and not text_of(message["content"] or "").strip()
+
+
 def clean_message(message: Message) -> Message:
-    role, content = message["role"], message["content"]
-    if not isinstance(content, str):
-        raise BadRow(
-            "a text is missing" if content is None else f"a text is not a string but {type(content).__name__}"
-        )
-    content = content.strip()
+    role, content = known_role(message["role"]), text_of(message["content"]).strip()
     if not content:
         raise BadRow("empty message")
-    if role not in ROLES:
-        raise BadRow("unknown role")
     try:
         content.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, but no UTF-8 exists for it
         raise BadRow("broken Unicode") from error
-    return {"role": ROLES[role], "content": content}
+    return {"role": role, "content": content}
 
 
-def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
-    """The rows that `task` takes from a clean row of `kind`: one, or the pairs of a ranking."""
+def views(row: dict, task: str, kind: type, most_pairs: int) -> Iterator[dict | Skip]:
+    """The rows that `task` takes from a clean row of `kind`: one, or at most so many pairs of a ranking."""
     prompt, ranked = row["prompt"], []
     if kind is Ranking:
         ranked = [(rank, text) for rank, text in zip(row["ranks"], row["responses"], strict=True) if rank is not None]
@@ -193,10 +297,10 @@ def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
         pairs = [(better, worse) for (high, better), (low, worse) in pairs if high < low]
         if not pairs:
             yield Skip("tie" if len(ranked) > 1 else "fewer than two ranked replies")
-        for better, worse in pairs[:MAX_PAIRS_PER_PROMPT]:
+        for better, worse in pairs[:most_pairs]:
             yield {"prompt": prompt, "chosen": [assistant(better)], "rejected": [assistant(worse)]}
-        for _ in pairs[MAX_PAIRS_PER_PROMPT:]:
-            yield Skip(f"more than {MAX_PAIRS_PER_PROMPT} pairs of a prompt")
+        for _ in pairs[most_pairs:]:
+            yield Skip(f"more than {most_pairs} pairs of a prompt")
         return
     if task == "preference":
         yield {column: row[column] for column in ("prompt", "chosen", "rejected", "margin") if column in row}
@@ -206,12 +310,14 @@ def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
     else:
         answer = row.get("completion") or row.get("chosen") or []
     if task == "sft":
-        while answer and answer[-1]["role"] != "assistant":
+        while answer and answer[-1]["role"] not in ("assistant", "text"):
             answer = answer[:-1]
         yield {"prompt": prompt, "completion": answer, "score": row.get("score")}
         return
     # prompts: everything up to the last turn of the user's; what the data answered there is the reference
     thread = prompt + answer
+    if thread and thread[-1]["role"] == "text":
+        raise Skip("a text serves sft alone")
     reference = thread[-1]["content"] if thread and thread[-1]["role"] == "assistant" else ""
     yield {
         "prompt": thread[:-1] if reference else thread,
@@ -224,13 +330,16 @@ def problem_with(row: dict) -> str | None:
     """Why a clean row of a task cannot be used, in a few words, or None."""
     prompt = row["prompt"]
     answers = [row[column] for column in ("completion", "chosen", "rejected") if column in row]
+    if any(turn["role"] == "text" for turns in [prompt, *answers] for turn in turns):
+        alone = not prompt and "completion" in row and len(row["completion"]) == 1
+        return None if alone else "a text stands beside turns"
     if any(not answer or answer[-1]["role"] != "assistant" for answer in answers):
         return "answer does not end with the assistant"
-    if prompt or "completion" not in row:  # a completion alone is plain text to imitate
-        if not prompt or prompt[-1]["role"] != "user":
-            return "prompt does not end with the user"
-        if not all(alternates(prompt + answer) for answer in answers or [[]]):
-            return "roles out of order"
+    starts = "completion" in row and all(turn["role"] == "system" for turn in prompt)  # with the assistant's turn
+    if not starts and (not prompt or prompt[-1]["role"] != "user"):
+        return "prompt does not end with the user"
+    if not all(alternates(prompt + answer) for answer in answers or [[]]):
+        return "roles out of order"
     if "chosen" in row:
         if row["chosen"] == row["rejected"]:
             return "identical answers"
@@ -244,6 +353,7 @@ SOUND = ("identical answers", "tie", "rejected has the higher score")
 
 
 def alternates(messages: list[Message]) -> bool:
-    """Whether user and assistant take turns, the user first, after at most one system message."""
-    start = 1 if messages[0]["role"] == "system" else 0
-    return all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(messages[start:]))
+    """Whether user and assistant take turns, whoever begins, after at most one system message."""
+    roles = [turn["role"] for turn in messages]
+    roles = roles[1:] if roles[0] == "system" else roles
+    return "system" not in roles and all(one != next_one for one, next_one in zip(roles, roles[1:], strict=False))

@@ -161,14 +161,16 @@ def test_a_smaller_evaluation_changes_no_training_row():
 
 
 def test_evaluation_sets_are_named_and_a_file_named_there_alone_is_used_whole():
-    write("a.jsonl", sums(0, 200))
+    write("mine/a.jsonl", sums(0, 200))
     write("my-held.out.jsonl", sums(500, 540))
     write("other/a.jsonl", sums(600, 630))
-    names = "my-held.out.jsonl,other/a.jsonl#10,a.jsonl"
-    train, evals, _ = load_datasets("a.jsonl", "sft", eval_dataset_names=names, validation_split_percentage=20)
-    assert list(evals) == ["my_held_out", "a_2", "a"]
-    assert (len(evals["my_held_out"]), len(evals["a_2"])) == (40, 10)
-    assert len(train) + len(evals["a"]) == 200
+    names = "my-held.out.jsonl,other/a.jsonl#10,mine/a.jsonl"
+    options = {"eval_dataset_names": names, "validation_split_percentage": 20}
+    train, evals, report = load_datasets("mine/a.jsonl", "sft", **options)
+    assert list(evals) == ["my_held_out", "other_a", "mine_a"] and list(report["datasets"]) == ["mine_a"]
+    assert {"other_a: other/a.jsonl", "mine_a: mine/a.jsonl"} <= set(report["notes"]), "the table says which is which"
+    assert (len(evals["my_held_out"]), len(evals["other_a"])) == (40, 10)
+    assert len(train) + len(evals["mine_a"]) == 200
 
 
 def test_what_is_held_out_needs_nothing_to_train_on():
