@@ -51,6 +51,7 @@ class Row(dict):
 
     def __or__(self, other):
         """The row with some columns replaced; what is read of it counts as read."""
+        self.update((key, watched(value)) for key, value in self.items() if isinstance(value, (dict, list)))
         merged = Row(super().__or__(other))
         merged.unread = self.unread
         return merged

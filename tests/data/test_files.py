@@ -215,6 +215,41 @@ def test_files_that_cannot_be_right_stop_with_place_and_remedy(tmp_path):
     assert "d.parquet: not a readable Parquet file" in refused(tmp_path / "d.parquet")
 
 
+ENCODED = {  # encoding and text: what the error says
+    "utf-16": ("Wie spät?", "iconv -f utf-16 -t utf-8"),
+    "utf-16-le": ("late?", "iconv -f utf-16le -t utf-8"),
+    "utf-16-be": ("late?", "iconv -f utf-16be -t utf-8"),
+    "gbk": ("现在几点了，你知道吗？我不知道。", "iconv -f gbk -t utf-8"),
+    "latin-1": ("Déjà vu à l'été", "iconv -f ENCODING"),
+    "cp1251": ("Который сейчас час", "iconv -f ENCODING"),
+    "euc-kr": ("지금 몇 시입니까 알려 주세요", "iconv -f ENCODING"),
+    "euc-jp": ("今は何時ですか", "iconv -f ENCODING"),
+    "big5": ("現在幾點了你知道嗎", "iconv -f ENCODING"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_an_encoding_is_named_only_where_its_bytes_tell_it(tmp_path, encoding, suffix):
+    text, said = ENCODED[encoding]
+    row = f"prompt,completion\n{text},ok" if suffix == ".csv" else f'{{"prompt": "{text}", "completion": "ok"}}'
+    content = row.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    message = refused(path)
+    assert said in message and "latin1" not in message and str(path) in message
+
+
+def test_a_cell_of_a_csv_file_is_a_text_until_it_becomes_messages(tmp_path):
+    answer = '[{"thing": "hat"}]'
+    as_csv(tmp_path / "a.csv", [{"prompt": ASKED, "completion": answer}])
+    assert load(tmp_path / "a.csv", "sft")[0] == [[U, [f"a: {answer}"]]]
+    as_csv(tmp_path / "b.csv", [{"messages": repr(TALK), "prompt": "", "system": ""}])
+    assert load(tmp_path / "b.csv", "sft")[0] == [[U, G]]
+    as_csv(tmp_path / "c.csv", [{"prompt": ASKED, "responses": json.dumps([GOOD, BAD]), "scores": "[2, 1]"}])
+    assert load(tmp_path / "c.csv", "preference")[0] == [[U, G, B]]
+
+
 def test_files_without_rows_or_known_keys_say_what_is_expected(tmp_path):
     assert "fit no known layout" in refused(write(tmp_path / "a.jsonl", {"frage": "x", "antwort": "y"}))
     assert "a.jsonl:1: its keys ('frage', 'antwort')" in refused(tmp_path / "a.jsonl")
