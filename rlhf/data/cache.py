@@ -171,19 +171,16 @@ def whole_rows(source: Source, raw: Row) -> list[dict | Skip]:
     """What a raw row is converted to, with the turns that it holds apart and its own mark of a bad answer."""
     rows = source.convert(raw)
     rows = [rows] if isinstance(rows, dict) else list(rows)
-    turns = [turn for row in rows if isinstance(row, dict) for turn in row.get("completion", ())]
-    if any(turn["role"] != "text" for turn in turns):
-        for mark in MARKS:
-            if mark in raw.unread and not nothing(dict.get(raw, mark)) and not is_set(mark, raw[mark]):
+    if raw.unread:
+        turns = [turn for row in rows if isinstance(row, dict) for turn in row.get("completion", ())]
+        marks = MARKS if any(turn["role"] != "text" for turn in turns) else ()
+        for mark in raw.unread.intersection(marks):
+            if not nothing(dict.get(raw, mark)) and not is_set(mark, raw[mark]):
                 raise Skip(f"its answer is marked as bad ({mark!r})")
-    system, history = opening_of(raw)
-    made = []
-    for row in rows:
-        if isinstance(row, dict):
-            made += imitated(with_opening(row, system, history) if system or history else row)
-        else:
-            made.append(row)
-    return made
+        opening = opening_of(raw)
+        if any(opening):
+            rows = [with_opening(row, *opening) if isinstance(row, dict) else row for row in rows]
+    return [part for row in rows for part in (imitated(row) if isinstance(row, dict) else (row,))]
 
 
 def checked(row: dict, task: str, kind: type, most_pairs: int) -> Iterator[dict | Skip]:

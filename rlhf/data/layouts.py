@@ -32,6 +32,7 @@ from rlhf.user_error import UserError
 LAYOUTS: list["Layout"] = []
 ANSWERED = "completion|response|RESPONSE|output|label|answer"
 TALK = "messages|conversations"
+ASKED_OR_TALK = f"{ASKED}|{TALK}"
 BETTER = "chosen|chosen_response|response_j|chosen_messages"
 WORSE = "rejected|rejected_response|response_k|rejected_messages"
 NO_INPUT = ("", "no input", "noinput", "<noinput>", "n/a", "none")
@@ -73,16 +74,22 @@ def detect(row: dict, place: str) -> Layout:
 
 def has(row, keys: str) -> bool:
     """Whether one of the keys has a value; asking does not count as reading."""
-    return any(not nothing(dict.get(row, key)) for key in keys.split("|"))
+    for key in keys.split("|"):
+        if key in row and not nothing(dict.get(row, key)):
+            return True
+    return False
 
 
 def pick(row, keys: str):
     """The value of the first of the keys that has one."""
     names = keys.split("|")
-    for key in [key for key in names if has(row, key)] or names:
-        if dict.get(row, key) is not None:
+    given = [key for key in names if key in row and dict.get(row, key) is not None]
+    for key in given:
+        if not nothing(dict.get(row, key)):
             return row[key]
-    raise KeyError(names[0])
+    if not given:
+        raise KeyError(names[0])
+    return row[given[0]]  # an empty one, such as the prompt of a conversation that starts with the assistant
 
 
 def question(row) -> list[dict]:
@@ -211,8 +218,8 @@ def summary_pair(row) -> Preference:
 def comparison(row) -> Preference:
     """Two answers, the better one in `chosen`: texts, HH transcripts or message lists, with a prompt or holding it."""
     better, worse = pick(row, BETTER), pick(row, WORSE)
-    transcript = isinstance(better, str) and written_messages(better) is None
-    if transcript and (better.startswith("\n\nHuman:") or not has(row, f"{ASKED}|{TALK}")):
+    dialogues = isinstance(better, str) and better.startswith("\n\nHuman:")
+    if dialogues or (isinstance(better, str) and not has(row, ASKED_OR_TALK) and written_messages(better) is None):
         pair = transcript_pair(better, worse)
     else:
         pair = pair_of(row, as_messages(better, "assistant"), as_messages(worse, "assistant"))

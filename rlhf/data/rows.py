@@ -178,12 +178,12 @@ def as_message(turn) -> Message:
 
 def known_role(role) -> str:
     """Our name of a role; raises BadRow for those that are none or cannot be used."""
-    role = str(role)
-    if role in TOOL_ROLES:
+    known = ROLES.get(role) if isinstance(role, str) else None
+    if known is None and role in TOOL_ROLES:
         raise BadRow(f"role {role!r} cannot be used: write what the tool was told and what it said into the texts")
-    if role not in ROLES:
-        raise BadRow(f"unknown role {role[:30]!r}")
-    return ROLES[role]
+    if known is None:
+        raise BadRow(f"unknown role {str(role)[:30]!r}")
+    return known
 
 
 def is_set(mark: str, value) -> bool:
@@ -205,33 +205,30 @@ def demonstration(messages, role: str = "user") -> Demonstration:
 
 def imitated(row: dict) -> Iterator[dict]:
     """A row for each run of answers to imitate; what is marked otherwise is part of the next one's prompt."""
-    answers = [turn for column in ("completion", "chosen", "rejected") for turn in row.get(column, ())]
-    marks = [turn["masked"] for turn in answers if "masked" in turn]
     if "completion" not in row:
-        if marks:
-            raise BadRow(f"an answer of a pair is marked by {marks[0]!r}")
+        marked = [turn["masked"] for side in ("chosen", "rejected") for turn in row.get(side, ()) if "masked" in turn]
+        if marked:
+            raise BadRow(f"an answer of a pair is marked by {marked[0]!r}")
         yield row
         return
-    turns, start, given = row["prompt"] + row["completion"], None, False
+    turns, start, mark, given = row["prompt"] + row["completion"], None, None, False
     for i in range(len(row["prompt"]), len(turns) + 1):
-        ends = i == len(turns) or "masked" in turns[i]
-        if ends and start is not None:
-            given = True
-            yield row | {"prompt": turns[:start], "completion": turns[start:i]}
-            start = None
-        elif not ends and start is None and ROLES.get(str(turns[i]["role"])) in ("assistant", "text"):
+        mark = turns[i].get("masked", mark) if i < len(turns) else mark
+        if i == len(turns) or "masked" in turns[i]:
+            if start is not None:
+                yield row | {"prompt": turns[:start], "completion": turns[start:i]}
+            start, given = None, given or start is not None
+        elif start is None and ROLES.get(turns[i]["role"]) in ("assistant", "text"):
             start = i
-    if marks and not given:
-        yield Skip(f"its answers are marked as bad ({marks[0]!r})")
-    elif not given:
-        yield row
+    if not given:
+        yield Skip(f"its answers are marked as bad ({mark!r})") if mark else row
 
 
 def clean(row: dict) -> dict:
     """The row with stripped texts and the three known role names; raises BadRow where that cannot be done."""
     for column in ("prompt", "completion", "chosen", "rejected"):
         if column in row:
-            row[column] = [clean_message(message) for message in row[column] if not is_empty_system(message)]
+            row[column] = [cleaned for message in row[column] if (cleaned := clean_message(message))]
     for column in ("margin", "score"):
         if row.get(column) is not None:
             row[column] = float(row[column])
@@ -270,13 +267,16 @@ def text_of(value) -> str:
     return value
 
 
-def is_empty_system(message: Message) -> bool:
-    return ROLES.get(str(message["role"])) == "system" and not text_of(message["content"] or "").strip()
-
-
-def clean_message(message: Message) -> Message:
-    role, content = known_role(message["role"]), text_of(message["content"]).strip()
+def clean_message(message: Message) -> Message | None:
+    """The message with its text stripped; None for a system prompt that says nothing."""
+    role, content = message["role"], message["content"]
+    role = ROLES[role] if type(role) is str and role in ROLES else known_role(role)
+    if type(content) is not str:
+        content = text_of(content or "" if role == "system" else content)
+    content = content.strip()
     if not content:
+        if role == "system":
+            return None
         raise BadRow("empty message")
     try:
         content.encode()
@@ -330,9 +330,8 @@ def problem_with(row: dict) -> str | None:
     """Why a clean row of a task cannot be used, in a few words, or None."""
     prompt = row["prompt"]
     answers = [row[column] for column in ("completion", "chosen", "rejected") if column in row]
-    if any(turn["role"] == "text" for turns in [prompt, *answers] for turn in turns):
-        alone = not prompt and "completion" in row and len(row["completion"]) == 1
-        return None if alone else "a text stands beside turns"
+    if any(turn["role"] == "text" for turn in row.get("completion", ())):
+        return None if len(prompt + row["completion"]) == 1 else "a text stands beside turns"
     if any(not answer or answer[-1]["role"] != "assistant" for answer in answers):
         return "answer does not end with the assistant"
     starts = "completion" in row and all(turn["role"] == "system" for turn in prompt)  # with the assistant's turn
@@ -354,6 +353,10 @@ SOUND = ("identical answers", "tie", "rejected has the higher score")
 
 def alternates(messages: list[Message]) -> bool:
     """Whether user and assistant take turns, whoever begins, after at most one system message."""
-    roles = [turn["role"] for turn in messages]
-    roles = roles[1:] if roles[0] == "system" else roles
-    return "system" not in roles and all(one != next_one for one, next_one in zip(roles, roles[1:], strict=False))
+    last = "first"
+    for turn in messages:
+        role = turn["role"]
+        if role == last or role == "text" or (role == "system" and last != "first"):
+            return False
+        last = role
+    return True
