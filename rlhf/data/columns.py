@@ -34,11 +34,11 @@ class Row(dict):
     __slots__ = ("unread", "last")
 
     def __init__(self, raw: dict):
-        super().__init__(raw)
+        dict.__init__(self, raw)
         self.unread, self.last = set(raw), None
 
     def __getitem__(self, key):
-        value = super().__getitem__(key)
+        value = dict.__getitem__(self, key)
         self.last = key
         if key in self.unread:
             self.unread.discard(key)
@@ -66,11 +66,11 @@ def watched(value):
 
 def nothing(value) -> bool:
     """Whether a value says nothing: a table gives every column to every row, nested ones too."""
-    if isinstance(value, dict):
-        return all(map(nothing, value.values()))
-    if isinstance(value, list):
-        return all(map(nothing, value))
-    return value is None or (isinstance(value, str) and not value.strip())
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, (dict, list)):
+        return all(map(nothing, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def left_over(value, path: str = "") -> Iterator[tuple[str, object]]:

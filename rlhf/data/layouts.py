@@ -74,22 +74,19 @@ def detect(row: dict, place: str) -> Layout:
 
 def has(row, keys: str) -> bool:
     """Whether one of the keys has a value; asking does not count as reading."""
-    for key in keys.split("|"):
-        if key in row and not nothing(dict.get(row, key)):
-            return True
-    return False
+    return any(key in row and not nothing(dict.get(row, key)) for key in keys.split("|"))
 
 
 def pick(row, keys: str):
     """The value of the first of the keys that has one."""
     names = keys.split("|")
-    given = [key for key in names if key in row and dict.get(row, key) is not None]
-    for key in given:
-        if not nothing(dict.get(row, key)):
+    for key in names:
+        if key in row and not nothing(dict.get(row, key)):
             return row[key]
-    if not given:
-        raise KeyError(names[0])
-    return row[given[0]]  # an empty one, such as the prompt of a conversation that starts with the assistant
+    for key in names:  # an empty one, such as the prompt of a conversation that starts with the assistant
+        if row.get(key) is not None:
+            return row[key]
+    raise KeyError(names[0])
 
 
 def question(row) -> list[dict]:
@@ -223,9 +220,9 @@ def comparison(row) -> Preference:
         pair = transcript_pair(better, worse)
     else:
         pair = pair_of(row, as_messages(better, "assistant"), as_messages(worse, "assistant"))
-    if has(row, "score_chosen") and has(row, "score_rejected"):
+    if "score_chosen" in row and has(row, "score_chosen") and has(row, "score_rejected"):
         pair["margin"] = float(row["score_chosen"]) - float(row["score_rejected"])
-    elif has(row, "margin"):
+    elif "margin" in row and has(row, "margin"):
         pair["margin"] = float(row["margin"])
     return pair
 
