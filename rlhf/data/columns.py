@@ -25,6 +25,7 @@ REFUSED = frozenset(
     "loss_scale train_mask weights sample_weight loss_weight chat_template_kwargs".split()
 )
 SYSTEM = ("system", "system_prompt", "system_message")
+APART = (*SYSTEM, "history")  # the turns that a row of any layout may hold apart
 ITS_OWN = frozenset(("role", "content", "from", "value", "type", "text"))  # the keys that make a message
 
 
@@ -99,7 +100,7 @@ def unused_columns(row: Row, known: frozenset, only_asks: bool) -> list[str]:
         key = path.rpartition(".")[2]
         if key in known:
             continue
-        if key in REFUSED or key in MARKS:
+        if key in REFUSED or key in MARKS or key in APART:
             raise BadRow(f"{path!r} changes the meaning and cannot be used: convert it, or --ignore_columns {path}")
         plain = isinstance(value, (str, numbers.Number, datetime.date)) and not isinstance(value, bool)
         if key not in NO_MEANING and (not plain or (only_asks and isinstance(value, str))):
@@ -110,7 +111,7 @@ def unused_columns(row: Row, known: frozenset, only_asks: bool) -> list[str]:
 
 def only_asks(row: dict) -> bool:
     """Whether a first row holds nothing but a question and what belongs to one."""
-    known = {*ASKED.split("|"), *SYSTEM, "history", "input", "context", "reference", *NO_MEANING, *REFUSED}
+    known = {*ASKED.split("|"), *APART, "input", "context", "reference", *NO_MEANING, *REFUSED}
     return all(
         key in known or nothing(value) or not isinstance(value, (str, list, dict)) for key, value in row.items()
     )

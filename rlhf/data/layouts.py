@@ -4,10 +4,11 @@ A layout is a function decorated with the keys that it needs ("a|b": either); th
 return annotation says what it serves. `regroup` is for layouts whose rows only make sense together.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from rlhf.data.columns import nothing, only_asks
+from rlhf.data.columns import APART, nothing, only_asks
 from rlhf.data.rows import (
     ASKED,
     ROLES,
@@ -133,15 +134,17 @@ def numbers_of(scores) -> list[float | None]:
 
 def by_prompt(rows) -> Iterator[tuple[str, object]]:
     """Scored answers gathered by their prompt, in the order of first appearance; holds the texts in memory."""
-    groups: dict[str, tuple[str, list]] = {}
+    groups: dict[str, tuple[str, dict]] = {}
     for place, row in rows:
         try:
             numbers_of([row["score"]])
-            groups.setdefault(row["user_input"], (place, []))[1].append(row)
+            apart = {key: row[key] for key in APART if has(row, key)}
+            asked = json.dumps([row["user_input"], row.get("input"), row.get("context"), apart], default=str)
+            group = groups.setdefault(asked, (place, {"answers": []} | apart))[1]
+            group["answers"].append({key: value for key, value in row.items() if key not in APART})
         except (KeyError, TypeError, ValueError):
             yield place, row if isinstance(row, BadRow) else BadRow("no score that is a number")
-    for place, group in groups.values():
-        yield place, {"answers": group}
+    yield from groups.values()
 
 
 @layout("user_input", "completion", "score", regroup=by_prompt)
