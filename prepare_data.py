@@ -18,20 +18,9 @@ from pathlib import Path
 
 from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of
 from rlhf.data.loading import load_datasets
+from rlhf.data.messages import Skip, assistant, user
 from rlhf.data.mixing import describe
-from rlhf.data.rows import (
-    SERVES,
-    Demonstration,
-    Preference,
-    Prompt,
-    Ranking,
-    Skip,
-    assistant,
-    demonstration,
-    kind_for,
-    kinds_of,
-    user,
-)
+from rlhf.data.rows import SERVES, Demonstration, Preference, Prompt, Ranking, demonstration, kind_for, kinds_of
 from rlhf.data.sources import DATASETS, dataset
 from rlhf.data.trees import KEYS, trees_of
 from rlhf.user_error import UserError, run_tool

@@ -17,21 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.data.columns import Row, nothing, opening_of, unused_columns, with_opening, without
-from rlhf.data.rows import (
-    COLUMNS,
-    MARKS,
-    SOUND,
-    BadRow,
-    Prompt,
-    Skip,
-    clean,
-    imitated,
-    is_set,
-    kind_for,
-    kind_of,
-    problem_with,
-    views,
-)
+from rlhf.data.messages import MARKS, BadRow, Skip, is_set
+from rlhf.data.rows import COLUMNS, SOUND, Prompt, clean, imitated, kind_for, kind_of, problem_with, views
 from rlhf.data.sources import Source
 from rlhf.user_error import UserError
 
@@ -41,7 +28,7 @@ BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 26  # what is held in memory before it
 @functools.cache
 def code_text() -> str:
     """The code that shapes rows: when it changes, no cached rows are used."""
-    names = ("cache", "columns", "files", "layouts", "rows", "trees")
+    names = ("cache", "columns", "files", "layouts", "messages", "rows", "trees")
     files = [Path(__file__).with_name(f"{name}.py") for name in names]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -8,7 +8,8 @@ import datetime
 import numbers
 from collections.abc import Iterator
 
-from rlhf.data.rows import ASKED, MARKS, ROLES, BadRow, Message, a_list, as_messages, assistant, user
+from rlhf.data.messages import MARKS, ROLES, BadRow, Message, a_list, as_messages, assistant, user
+from rlhf.data.rows import ASKED
 
 # ids, sources, times and the like: whatever their type, what is learnt does not hang on them
 NO_MEANING = frozenset(

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.data.rows import BadRow
+from rlhf.data.messages import BadRow
 from rlhf.user_error import UserError
 
 CHUNK = 1 << 20  # characters that the JSON reader takes at a time

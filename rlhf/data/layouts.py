@@ -9,24 +9,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from rlhf.data.columns import APART, nothing, only_asks
-from rlhf.data.rows import (
-    ASKED,
+from rlhf.data.messages import (
     ROLES,
     BadRow,
-    Demonstration,
-    Preference,
-    Prompt,
-    Ranking,
     Skip,
     a_list,
     as_messages,
     assistant,
-    demonstration,
     parse_transcript,
     text_of,
     user,
     written_messages,
 )
+from rlhf.data.rows import ASKED, Demonstration, Preference, Prompt, Ranking, demonstration
 from rlhf.data.trees import KEYS, tree_rows, trees_of
 from rlhf.user_error import UserError
 

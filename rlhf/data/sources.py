@@ -14,8 +14,9 @@ from typing import NamedTuple
 from rlhf.data.columns import nothing, without
 from rlhf.data.files import READERS, find_files, read_file
 from rlhf.data.layouts import detect
+from rlhf.data.messages import Skip
 from rlhf.data.names import Name
-from rlhf.data.rows import SERVES, Skip, kinds_of
+from rlhf.data.rows import SERVES, kinds_of
 from rlhf.user_error import UserError
 
 

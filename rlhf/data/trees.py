@@ -7,7 +7,8 @@ left out with all that hangs below them, and counted.
 import math
 from collections.abc import Iterator
 
-from rlhf.data.rows import BadRow, Demonstration, Prompt, Ranking, Skip
+from rlhf.data.messages import BadRow, Skip
+from rlhf.data.rows import Demonstration, Prompt, Ranking
 from rlhf.user_error import UserError
 
 # a message's keys: those that are read here, and those that say nothing about what to learn

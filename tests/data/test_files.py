@@ -18,7 +18,7 @@ from prepare_data import load_datasets
 from rlhf.data import files as data_files
 from rlhf.data.files import find_files, read_file
 from rlhf.data.layouts import LAYOUTS, detect
-from rlhf.data.rows import BadRow, Skip
+from rlhf.data.messages import BadRow, Skip
 from rlhf.user_error import UserError
 from tests.conftest import ROOT
 

@@ -15,7 +15,7 @@ import pytest
 
 from prepare_data import load_datasets
 from rlhf.data.layouts import ranks_in
-from rlhf.data.rows import BadRow, parse_transcript
+from rlhf.data.messages import BadRow, parse_transcript
 from rlhf.user_error import UserError
 from tests.conftest import ROOT
 

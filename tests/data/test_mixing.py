@@ -308,7 +308,8 @@ print(json.dumps([train[:], {name: rows[:] for name, rows in evals.items()}, rep
 def test_of_processes_that_start_together_one_prepares_and_none_fails(tmp_path):
     code = r"""
 import json, os, time, prepare_data
-from rlhf.data.rows import Demonstration, assistant, user
+from rlhf.data.messages import assistant, user
+from rlhf.data.rows import Demonstration
 
 def slow_rows(split, subset):
     with open("prepared_by", "a") as file:
