@@ -39,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_eval_samples", type=int, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
     add("--validation_split_percentage", type=float, default=5.0, help="as in training: prompts held out (5)")
     add("--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)")
+    add("--ignore_columns", help="as in training: columns to do without, separated by commas")
+    add("--max_pairs_per_prompt", type=int, default=10, help="as in training: at most so many of a ranking (10)")
     add("--per_device_eval_batch_size", type=int, default=32, help="rows at a time (32)")
     add("--seed", type=int, default=42, help="decides the sampling (42)")
     return parser
@@ -94,6 +96,8 @@ def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:
         validation_split_percentage=args.validation_split_percentage,
         max_eval_samples=args.max_eval_samples or most,
         max_bad_percentage=args.max_bad_percentage,
+        ignore_columns=args.ignore_columns,
+        max_pairs_per_prompt=args.max_pairs_per_prompt,
     )
     print(describe(data))
     return [row for rows in evals.values() for row in rows], data

@@ -16,28 +16,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of, trees_of
+from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of
 from rlhf.data.loading import load_datasets
+from rlhf.data.messages import Skip, assistant, user
 from rlhf.data.mixing import describe
-from rlhf.data.rows import (
-    SERVES,
-    Demonstration,
-    Preference,
-    Prompt,
-    Ranking,
-    Skip,
-    assistant,
-    demonstration,
-    kind_for,
-    kinds_of,
-    user,
-)
+from rlhf.data.rows import SERVES, Demonstration, Preference, Prompt, Ranking, demonstration, kind_for, kinds_of
 from rlhf.data.sources import DATASETS, dataset
+from rlhf.data.trees import KEYS, trees_of
 from rlhf.user_error import UserError, run_tool, visible
 
 
 @dataset(
-    "HuggingFaceH4/ultrachat_200k", splits={"sft": ("train_sft", "test_sft"), "prompt": ("train_gen", "test_gen")}
+    "HuggingFaceH4/ultrachat_200k",
+    splits={"sft": ("train_sft", "test_sft"), "prompt": ("train_gen", "test_gen")},
+    unused="prompt prompt_id",
+    known_by="prompt prompt_id messages",
 )
 def uc(row) -> Demonstration:
     """UltraChat: conversations of several turns written by ChatGPT (231k, MIT)."""
@@ -51,6 +44,8 @@ def uc(row) -> Demonstration:
         "preference": ("train_prefs", "test_prefs"),
         "prompt": ("train_gen", "test_gen"),
     },
+    unused="prompt prompt_id messages",
+    known_by="prompt prompt_id messages chosen rejected score_chosen score_rejected",
 )
 def ufb(row) -> Preference:
     """UltraFeedback: the best of four models' answers and another one, scored by GPT-4 (63k pairs, MIT)."""
@@ -68,6 +63,9 @@ def hh(row) -> Preference:
     ("train", "validation"),
     keep=lambda row: row["score_ratio"] >= 2,
     max_pairs=5,
+    unused="post_id domain upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B score_A score_B "
+    "seconds_difference",
+    known_by="history human_ref_A human_ref_B labels score_A score_B score_ratio",
     data_dir="{subset}",
 )
 def shp(row) -> Preference:
@@ -106,7 +104,13 @@ def cmp(row) -> Preference:
     return {"prompt": tldr_prompt(row["prompt"]), "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
 
 
-@dataset("HuggingFaceH4/stack-exchange-preferences", ("train", None), data_dir="data/{subset}")
+@dataset(
+    "HuggingFaceH4/stack-exchange-preferences",
+    ("train", None),
+    unused="qid date metadata answer_id author author_id author_profile selected",
+    known_by="qid question answers",
+    data_dir="data/{subset}",
+)
 def se(row) -> Ranking:
     """Stack Exchange answers by votes; all is 22 GB, @stats.stackexchange.com one site (10.7M, CC-BY-SA-4.0)."""
     answers = row["answers"]
@@ -126,13 +130,13 @@ def from_html(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", html.unescape(re.sub(r"<[^>]+>", "", text)))
 
 
-@dataset("OpenAssistant/oasst1", ("train", "validation"), regroup=trees_of)
+@dataset("OpenAssistant/oasst1", ("train", "validation"), regroup=trees_of, unused=KEYS)
 def oasst1(row, subset="") -> Iterator[Demonstration | Ranking | Prompt]:
-    """Volunteers' conversation trees, replies ranked; @en+de+top2 picks languages and replies (89k, Apache-2.0)."""
+    """Volunteers' ranked trees, no deleted, rejected or synthetic messages; @en+top2 picks some (89k, Apache-2.0)."""
     return oasst_tree(row, subset)
 
 
-@dataset("OpenAssistant/oasst2", ("train", "validation"), regroup=trees_of)
+@dataset("OpenAssistant/oasst2", ("train", "validation"), regroup=trees_of, unused=KEYS)
 def oasst2(row, subset="") -> Iterator[Demonstration | Ranking | Prompt]:
     """The second release of oasst1, with the same options (135k messages, Apache-2.0)."""
     return oasst_tree(row, subset)
@@ -153,10 +157,10 @@ def slimorca(row) -> Demonstration:
     return conversation(row)
 
 
-@dataset("tatsu-lab/alpaca", ("train", None))
+@dataset("tatsu-lab/alpaca", ("train", None), unused="text")
 def alpaca(row) -> Demonstration:
     """Self-Instruct with text-davinci-003 (52k, CC-BY-NC-4.0)."""
-    return instruction({key: row[key] for key in ("instruction", "input", "output")})
+    return instruction(row)
 
 
 @dataset("yahma/alpaca-cleaned", ("train", None))
@@ -165,7 +169,7 @@ def alpaca_cleaned(row) -> Demonstration:
     return instruction(row)
 
 
-@dataset("databricks/databricks-dolly-15k", ("train", None))
+@dataset("databricks/databricks-dolly-15k", ("train", None), unused="category")
 def dolly(row) -> Demonstration:
     """Instructions and answers that Databricks' employees wrote (15k, CC-BY-SA-3.0)."""
     return instruction(row | {"context": without_citations(row["context"])})
@@ -176,7 +180,13 @@ def without_citations(text: str) -> str:
     return re.sub(r"\s?\[\d+(?:,\s*\d+)*\]", "", text)
 
 
-@dataset("openai/webgpt_comparisons", ("train", None), revision="refs/convert/parquet")
+@dataset(
+    "openai/webgpt_comparisons",
+    ("train", None),
+    unused="dataset id quotes_0 quotes_1 tokens_0 tokens_1",
+    known_by="question answer_0 answer_1 score_0 score_1",
+    revision="refs/convert/parquet",
+)
 def webgpt(row) -> Preference:
     """Pairs of researched answers, compared by people (20k pairs, no licence stated)."""
     margin = row["score_0"] - row["score_1"]
@@ -191,13 +201,13 @@ def webgpt(row) -> Preference:
     }
 
 
-@dataset("Dahoas/rm-static")
+@dataset("Dahoas/rm-static", unused="response")
 def rm_static(row) -> Preference:
     """HH's helpful dialogues with the prompt apart (81k pairs, MIT)."""
     return comparison({key: row[key] for key in ("prompt", "chosen", "rejected")})
 
 
-@dataset("Dahoas/full-hh-rlhf")
+@dataset("Dahoas/full-hh-rlhf", unused="response")
 def full_hh(row) -> Preference:
     """hh with the prompt apart (125k pairs, MIT)."""
     return comparison({key: row[key] for key in ("prompt", "chosen", "rejected")})
@@ -284,6 +294,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)"
     )
+    parser.add_argument("--ignore_columns", help="do without these columns: source,messages.tool_calls")
+    parser.add_argument("--max_pairs_per_prompt", type=int, default=10, help="at most so many of a ranking (10)")
     parser.add_argument("--seed", type=int, default=42, help="decides sampling and order (42)")
     return parser
 
@@ -304,6 +316,8 @@ def main(args):
         max_eval_samples=args.max_eval_samples,
         seed=args.seed,
         max_bad_percentage=args.max_bad_percentage,
+        ignore_columns=args.ignore_columns,
+        max_pairs_per_prompt=args.max_pairs_per_prompt,
     )
     if args.model_name_or_path:
         show_with_model(train, report, args)

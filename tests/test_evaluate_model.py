@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import evaluate_model
 from prepare_data import load_datasets
 from rlhf.evaluation import answers as evaluation_answers
-from rlhf.evaluation.answers import Answer, Contestant, read, stored_answers, token_kl
+from rlhf.evaluation.answers import Answer, Contestant, answer_line, read, stored_answers, token_kl
 from rlhf.user_error import UserError
 from tests.conftest import ROOT, make_tokenizer, run_script
 
@@ -143,6 +143,20 @@ def test_perplexities_are_those_of_the_logits(base, data, tmp_path):
     found = figures(report, "base")
     assert found["reference_perplexity"] == pytest.approx(math.exp(-loss / tokens), rel=1e-4)
     assert found["kl"] is None and found["judged"] == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda line: line[:-20], lambda line: line.replace("Gull", "Bull"), lambda line: '{"x": 1}', lambda line: "[]"],
+)
+def test_kept_answers_that_are_not_as_they_were_written_are_cut_out_and_said(damage, tmp_path, capsys):
+    made = {("a", i): Answer([1, i], f"Gull {i}.", True) for i in range(3)}
+    lines = [answer_line(*item).strip() for item in made.items()]
+    path = tmp_path / "kept.jsonl"
+    path.write_text("".join(f"{line}\n" for line in (lines[0], damage(lines[1]), lines[2])))
+    del made["a", 1]
+    assert stored_answers(path) == made and "1 kept answers are cut short or damaged" in capsys.readouterr().out
+    assert stored_answers(path) == made and capsys.readouterr().out == ""
 
 
 def test_the_best_of_several_is_what_the_judge_likes_and_makes_pairs_to_train_on(base, data, judges, tmp_path):

@@ -187,7 +187,7 @@ EXPECTED = {
             [[*WALK, QUAY, "u: Is it far?"], ["a: Ten minutes from the station."]],
             [["u: Wo ist der Hafen?"], ["a: Hinter dem Markt."]],
         ],
-        {},
+        {"rejected message, or below one": 1},
     ),
     ("oasst1", "preference"): (
         [
@@ -195,7 +195,7 @@ EXPECTED = {
             [WALK, [QUAY], ["a: Along the lit quay."]],
             [WALK, ["a: Along the lit quay."], ["a: Nowhere."]],
         ],
-        {"nothing for preference": 1},
+        {"rejected message, or below one": 1, "nothing for preference": 1},
     ),
     ("oasst1", "prompt"): (
         [
@@ -204,7 +204,7 @@ EXPECTED = {
             [[*WALK, QUAY, "u: Is it far?"], "Ten minutes from the station."],
             [["u: Wo ist der Hafen?"], "Hinter dem Markt."],
         ],
-        {},
+        {"rejected message, or below one": 1},
     ),
     ("self_instruct", "sft"): (
         [
@@ -452,6 +452,20 @@ def test_exported_rows_are_read_back_by_load_dataset_and_by_name(tmp_path):
     assert (again.returncode, again.stdout) == (2, "") and "--overwrite_output_dir" in again.stderr
 
 
+def test_texts_and_what_starts_with_the_assistant_are_exported_and_read_back(tmp_path):
+    hello = {"messages": [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Late?"}]}
+    hello["messages"].append({"role": "assistant", "content": "No."})
+    for name, row in (("texts", {"text": "Once there was a gull."}), ("talks", hello)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+        arguments = ["--dataset_names", str(tmp_path / f"{name}.jsonl"), "--output_dir", str(tmp_path / f"out_{name}")]
+        prepare_data.main(prepare_data.make_parser().parse_args([*arguments, "--validation_split_percentage", "0"]))
+        rows = [
+            load_datasets(str(tmp_path / path), "sft", validation_split_percentage=0)[0].remove_columns("dataset")[:]
+            for path in (f"{name}.jsonl", f"out_{name}")
+        ]
+        assert rows[0] == rows[1] and len(rows[0]["prompt"]) == 1
+
+
 def test_the_command_imports_nothing_heavy_until_it_works():
     code = (
         "import sys, prepare_data; print([m for m in ('numpy', 'torch', 'datasets', 'pyarrow') if m in sys.modules])"
@@ -470,6 +484,7 @@ def test_the_list_names_every_dataset_with_its_tasks_and_source(capsys):
     prepare_data.main(prepare_data.make_parser().parse_args(["--list"]))
     output = capsys.readouterr().out
     assert all(f"\n{name} " in f"\n{output}" for name in DATASETS)
+    assert "deleted, rejected or synthetic" in output
     assert re.search(r"^hh +sft preference prompt +Anthropic/hh-rlhf$", output, flags=re.MULTILINE)
 
 

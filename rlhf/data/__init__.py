@@ -4,7 +4,7 @@ Knows names, files, layouts of rows, the split, the mix, and the cache of prepar
 tokenizer or a trainer: rows are messages here, and become tokens in `rlhf.models.rendering`.
 
 To add a dataset, add a function to prepare_data.py, not here. Read in this order: names (the grammar of
---dataset_names), sources (where the rows behind a name come from), files (readers of each format), layouts (which
-keys a file's rows may have), rows (what a row is, and when it is dropped), cache (prepared once), mixing (split,
-leaks, samples, order), loading (`load_datasets`, which the scripts call).
+--dataset_names), sources (where rows come from), files (readers of each format), layouts (which keys a row may have),
+trees (Open Assistant's), messages (out of what datasets hold), rows (what a row is, when it is dropped), columns (that
+it is read whole), cache (prepared once), mixing (split, leaks, samples, order), loading (`load_datasets`).
 """

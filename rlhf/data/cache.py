@@ -1,7 +1,8 @@
 """Prepared rows on disk: read, cleaned and checked once, memory-mapped ever after.
 
-A prepared part is a folder with rows.arrow (the task's columns and three hashes of each row) and report.json (how many
-were read, kept and dropped). Its name is a hash of the source, the task and the code, so that no stale rows are used.
+A prepared part is a folder with rows.arrow (the task's columns and three hashes of each row), report.json (how many
+were read, kept and dropped) and a fingerprint of both. Its name is a hash of the source, the task and the code, so
+that no stale rows are used; the fingerprint is verified, so that no damaged ones are.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.data.rows import COLUMNS, SOUND, BadRow, Skip, clean, kind_for, kind_of, problem_with, views
+from rlhf.data.columns import Row, nothing, opening_of, unused_columns, with_opening, without
+from rlhf.data.messages import MARKS, BadRow, Skip, is_set
+from rlhf.data.rows import COLUMNS, SOUND, Prompt, clean, imitated, kind_for, kind_of, problem_with, views
 from rlhf.data.sources import Source
 from rlhf.user_error import UserError
 
@@ -25,7 +28,8 @@ BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 26  # what is held in memory before it
 @functools.cache
 def code_text() -> str:
     """The code that shapes rows: when it changes, no cached rows are used."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("cache", "files", "layouts", "rows")]
+    names = ("cache", "columns", "files", "layouts", "messages", "rows", "trees")
+    files = [Path(__file__).with_name(f"{name}.py") for name in names]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -59,26 +63,56 @@ def prepare(source: Source, task: str, side: str, max_bad_percentage: float):
     if opened is None:
         return None
     identity, rows = opened
-    what = [identity, source.label, task, source.code, code_text()]
+    what = [identity, source.label, task, source.code, code_text(), sorted(source.ignored), source.most_pairs]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     cache = Path(config.HF_DATASETS_CACHE) / "rows"
     folder = cache / key
-    if not folder.exists():
+    if not is_intact(folder):
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with alone(cache / f"{key}.lock", source.label):
-                if not folder.exists():
+                if not is_intact(folder):
+                    if folder.exists():
+                        print(f"{source.label}: its prepared rows are damaged and made anew", file=sys.stderr)
                     work = cache / f"{key}.unfinished"
                     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
                     work.mkdir()
                     report = write_rows(source, task, rows, work / "rows.arrow")
                     (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
+                    (work / "fingerprint").write_text(contents_hash(work), encoding="utf-8")
+                    shutil.rmtree(folder, ignore_errors=True)
                     os.replace(work, folder)  # at once: no reader ever sees half of it
         except OSError as error:
             raise UserError(f"{cache}: {error.strerror}\nset HF_DATASETS_CACHE to a folder with room") from error
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     refuse_bad(source.label, report, max_bad_percentage)
     return Dataset(MemoryMappedTable.from_file(str(folder / "rows.arrow")), fingerprint=key), report
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether the prepared rows are those that were written; hashed once a process, and again when they change."""
+    try:
+        stats = [(folder / name).stat() for name in ("rows.arrow", "report.json", "fingerprint")]
+        return matches(folder, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    except OSError:
+        return False
+
+
+@functools.lru_cache
+def matches(folder: Path, *stats) -> bool:
+    return (folder / "fingerprint").read_bytes() == contents_hash(folder).encode()
+
+
+def contents_hash(folder: Path) -> str:
+    """A hash of rows and report; xxh3 takes a tenth of a second for a gigabyte, and nobody forges a cache."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name in ("rows.arrow", "report.json"):
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(1 << 20):
+                state.update(chunk)
+    return state.hexdigest()
 
 
 def refuse_bad(label: str, report: dict, max_bad_percentage: float):
@@ -96,29 +130,49 @@ def refuse_bad(label: str, report: dict, max_bad_percentage: float):
         )
 
 
-def usable_rows(source: Source, task: str, raw) -> Iterator[dict | Skip]:
-    """The task's rows of one raw row, and a Skip for each that had to be left out."""
+def usable_rows(source: Source, task: str, raw, unused: set[str]) -> Iterator[dict | Skip]:
+    """The task's rows of one raw row, and a Skip for each that had to be left out; columns without use are added."""
     kind = kind_for(task, source.kinds)
     try:
         if isinstance(raw, Skip):
             raise raw
+        raw = Row(without(raw, source.ignored, unused) if source.ignored else raw)
         if source.keep and not source.keep(raw):
             raise Skip("set aside by the dataset's own rule")
-        converted = source.convert(raw)
-        for row in [converted] if isinstance(converted, dict) else converted:
-            if kind_of(row) is kind:
-                yield from checked(row, task, kind)
+        rows = whole_rows(source, raw)
+        unused.update(unused_columns(raw, source.unused, source.kinds == (Prompt,)))
+        for row in rows:
+            if isinstance(row, Skip):
+                yield row
+            elif kind_of(row) is kind:
+                yield from checked(row, task, kind, source.most_pairs)
     except Skip as skip:
         yield skip
     except KeyError as error:
         yield BadRow(f"no column {error}")
     except (TypeError, AttributeError, ValueError, IndexError):
-        yield BadRow("a column of the wrong type")
+        yield BadRow(f"{raw.last!r} is of the wrong type")
 
 
-def checked(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
+def whole_rows(source: Source, raw: Row) -> list[dict | Skip]:
+    """What a raw row is converted to, with the turns that it holds apart and its own mark of a bad answer."""
+    rows = source.convert(raw)
+    rows = [rows] if isinstance(rows, dict) else list(rows)
+    if raw.unread:
+        turns = [turn for row in rows if isinstance(row, dict) for turn in row.get("completion", ())]
+        marks = MARKS if any(turn["role"] != "text" for turn in turns) else ()
+        for mark in raw.unread.intersection(marks):
+            if not nothing(dict.get(raw, mark)) and not is_set(mark, raw[mark]):
+                raise Skip(f"its answer is marked as bad ({mark!r})")
+        opening = opening_of(raw)
+        if any(opening):
+            rows = [with_opening(row, *opening) if isinstance(row, dict) else row for row in rows]
+    return [part for row in rows for part in (imitated(row) if isinstance(row, dict) else (row,))]
+
+
+def checked(row: dict, task: str, kind: type, most_pairs: int) -> Iterator[dict | Skip]:
     try:
-        for view in views(clean(row), task, kind):
+        for view in views(clean(row), task, kind, most_pairs):
             problem = None if isinstance(view, Skip) else problem_with(view)
             yield view if problem is None else (Skip if problem in SOUND else BadRow)(problem)
     except Skip as skip:  # of this row alone: its siblings in the same raw row go on
@@ -142,7 +196,8 @@ def hashes(row: dict, answers: list[str]) -> dict[str, bytes]:
     """
     prompt = as_bytes(row["prompt"])
     whole = digest(prompt, *(as_bytes(row[column]) for column in answers))
-    opening = next((message["content"].encode() for message in row["prompt"] if message["role"] == "user"), None)
+    turns = row["prompt"] + row[answers[0]] if answers else row["prompt"]
+    opening = next((message["content"].encode() for message in turns if message["role"] == "user"), None)
     return {
         "row_hash": whole,
         "prompt_hash": digest(prompt) if prompt else whole,
@@ -182,7 +237,7 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
         writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
         batch.clear()
 
-    counts, dropped, first, batch, characters = Counter(), Counter(), {}, [], 0
+    counts, dropped, first, unused, batch, characters = Counter(), Counter(), {}, set(), [], 0
     content = hashlib.sha256()
     step = 0.5 if sys.stderr.isatty() else 30  # seconds between the bar's updates
     rows = source.regroup(open_rows()) if source.regroup else open_rows()
@@ -191,7 +246,7 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
         for place, raw in bar:
             counts["read"] += 1
             made = 0
-            for row in usable_rows(source, task, raw):
+            for row in usable_rows(source, task, raw, unused):
                 made += 1
                 if isinstance(row, Skip):
                     dropped[str(row)] += 1
@@ -217,5 +272,6 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
         "bad": counts["bad"],
         "dropped": dict(dropped),
         "first": first,
+        "unused": sorted(unused),
         "fingerprint": content.hexdigest()[:16],
     }

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.data.rows import BadRow
+from rlhf.data.messages import BadRow
 from rlhf.user_error import UserError
 
 CHUNK = 1 << 20  # characters that the JSON reader takes at a time
@@ -28,6 +28,8 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
     line = 0
     try:
         with gzip.open(path) if packed else open(path, "rb") as stream:
+            if reader is not parquet_rows:
+                refuse_utf16(stream.peek(64)[:64], path)
             for line, row in reader(stream, path):
                 if isinstance(row, str):
                     row = {"prompt": row}  # a list of bare strings is a list of prompts
@@ -85,7 +87,8 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
         try:
             text, position = text[position:] + decode(chunk, final=ended), 0
         except UnicodeDecodeError as error:
-            raise not_utf8(path, line + text.count("\n", position) + chunk[: error.start].count(b"\n")) from error
+            place = line + text.count("\n", position) + chunk[: error.start].count(b"\n")
+            raise not_utf8(path, place, chunk) from error
 
     more()
     if text.lstrip()[:1] == "[":
@@ -122,7 +125,7 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
 
 
 def csv_rows(stream, path) -> Iterator[tuple[int, object]]:
-    """A row for each record below the header; a cell that holds a JSON list of messages is parsed."""
+    """A row for each record below the header; cells are texts, whatever is written in them."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131 KB
     reader = csv.DictReader((line for _, line in text_lines(stream, path)), strict=True)
     try:
@@ -130,7 +133,7 @@ def csv_rows(stream, path) -> Iterator[tuple[int, object]]:
             if None in row or None in row.values():
                 yield reader.line_num, BadRow("cells do not match the header")
             else:
-                yield reader.line_num, {k: parse(v) if v.startswith(("[{", '["')) else v for k, v in row.items()}
+                yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
             f"{path}:{reader.reader.line_num}: broken CSV ({error})\nis a quotation mark left open?"
@@ -163,11 +166,38 @@ def text_lines(stream, path) -> Iterator[tuple[int, str]]:
         try:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise not_utf8(path, number) from error
+            raise not_utf8(path, number, line) from error
 
 
-def not_utf8(path, line: int) -> UserError:
-    return UserError(f"{path}:{line}: not UTF-8 text\nconvert it, for example with: iconv -f latin1 -t utf-8")
+def refuse_utf16(head: bytes, path):
+    """Raises a UserError for UTF-16, by its byte order mark or by the zero in every other byte."""
+    marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked or b"\0" in head[:4]:
+        name = "utf-16" if marked else "utf-16le" if head[1:2] == b"\0" else "utf-16be"
+        raise UserError(f"{path}: UTF-16 text, and read is UTF-8\nconvert it with: iconv -f {name} -t utf-8")
+
+
+def not_utf8(path, line: int, seen: bytes) -> UserError:
+    """The error for bytes that are not UTF-8, with the encoding only if their pattern tells it."""
+    if looks_like_gbk(seen):
+        return UserError(
+            f"{path}:{line}: not UTF-8 text, but GBK by its bytes\nconvert it with: iconv -f gbk -t utf-8"
+        )
+    return UserError(
+        f"{path}:{line}: not UTF-8 text\nfind out which encoding it was saved in, and convert it from that one: "
+        "iconv -f ENCODING -t utf-8\na wrong guess gives wrong letters without an error"
+    )
+
+
+def looks_like_gbk(seen: bytes) -> bool:
+    """Whether all bytes above ASCII come in pairs, and those pairs are mostly the common Chinese characters."""
+    runs = re.findall(rb"[\x80-\xff]+", seen)
+    if not all(re.fullmatch(rb"(?:[\xa1\xa3\xb0-\xf7][\xa1-\xfe])+", run) for run in runs):
+        return False
+    leads = b"".join(run[::2] for run in runs)
+    common = sum(lead < 0xD8 for lead in leads)  # the first level of GB 2312, and punctuation
+    chinese = sum(0xC8 < lead < 0xD8 for lead in leads)  # where EUC-KR has no Korean
+    return len(leads) >= 4 and common >= 0.8 * len(leads) and chinese >= len(leads) / 8
 
 
 def is_data(path: Path) -> bool:

@@ -4,30 +4,33 @@ A layout is a function decorated with the keys that it needs ("a|b": either); th
 return annotation says what it serves. `regroup` is for layouts whose rows only make sense together.
 """
 
-import math
+import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from rlhf.data.rows import (
+from rlhf.data.columns import APART, nothing, only_asks
+from rlhf.data.messages import (
     ROLES,
     BadRow,
-    Demonstration,
-    Preference,
-    Prompt,
-    Ranking,
     Skip,
     a_list,
     as_messages,
     assistant,
-    demonstration,
     parse_transcript,
+    text_of,
     user,
+    written_messages,
 )
+from rlhf.data.rows import ASKED, Demonstration, Preference, Prompt, Ranking, demonstration
+from rlhf.data.trees import KEYS, tree_rows, trees_of
 from rlhf.user_error import UserError
 
 LAYOUTS: list["Layout"] = []
-ASKED = "prompt|instruction|INSTRUCTION|question|user_input|query"
 ANSWERED = "completion|response|RESPONSE|output|label|answer"
+TALK = "messages|conversations"
+ASKED_OR_TALK = f"{ASKED}|{TALK}"
+BETTER = "chosen|chosen_response|response_j|chosen_messages"
+WORSE = "rejected|rejected_response|response_k|rejected_messages"
 NO_INPUT = ("", "no input", "noinput", "<noinput>", "n/a", "none")
 
 
@@ -36,11 +39,14 @@ class Layout(NamedTuple):
     convert: Callable
     regroup: Callable | None
     when: Callable | None
+    unused: frozenset[str]
 
 
-def layout(*keys: str, regroup=None, when=None):
+def layout(*keys: str, regroup=None, when=None, unused: str = ""):
+    """Registers a layout; `unused` names the keys that its genuine rows have and that it has no use for."""
+
     def register(convert):
-        LAYOUTS.append(Layout(keys, convert, regroup, when))
+        LAYOUTS.append(Layout(keys, convert, regroup, when, frozenset(unused.split())))
         return convert
 
     return register
@@ -48,24 +54,35 @@ def layout(*keys: str, regroup=None, when=None):
 
 def detect(row: dict, place: str) -> Layout:
     """The layout of the row, or a UserError that lists its keys and those that are known."""
-    found = [key for key, value in row.items() if value is not None]  # tables have all columns in all rows
-    for candidate in LAYOUTS:
-        if all(any(key in found for key in keys.split("|")) for keys in candidate.keys):
-            if candidate.when is None or candidate.when(row):
-                return candidate
-    known = "; ".join(" + ".join(entry.keys) for entry in LAYOUTS if entry.when is None)
-    found = ", ".join(map(repr, found)) or "none"
+    with_value = [key for key, value in row.items() if not nothing(value)]  # tables have all columns in all rows
+    for found in with_value, [key for key, value in row.items() if value is not None]:  # such as an empty prompt
+        for candidate in LAYOUTS:
+            if all(any(key in found for key in keys.split("|")) for keys in candidate.keys):
+                if candidate.when is None or candidate.when(row):
+                    return candidate
+    known = "; ".join(" + ".join(entry.keys) for entry in LAYOUTS if entry.when in (None, only_asks))
+    found = ", ".join(map(repr, with_value)) or "none"
     raise UserError(
-        f"{place}: its keys ({found}) fit no known layout\nknown are {known}\nrename the keys to one of these"
+        f"{place}: its keys ({found}) fit no known layout\nknown are {known}\n"
+        "rename the keys to one of these, or name those to do without in --ignore_columns"
     )
 
 
+def has(row, keys: str) -> bool:
+    """Whether one of the keys has a value; asking does not count as reading."""
+    return any(key in row and not nothing(dict.get(row, key)) for key in keys.split("|"))
+
+
 def pick(row, keys: str):
-    """The value of the first of the keys that the row has."""
-    for key in keys.split("|"):
+    """The value of the first of the keys that has one."""
+    names = keys.split("|")
+    for key in names:
+        if key in row and not nothing(dict.get(row, key)):
+            return row[key]
+    for key in names:  # an empty one, such as the prompt of a conversation that starts with the assistant
         if row.get(key) is not None:
             return row[key]
-    raise KeyError(keys.split("|")[0])
+    raise KeyError(names[0])
 
 
 def question(row) -> list[dict]:
@@ -73,15 +90,14 @@ def question(row) -> list[dict]:
     messages = as_messages(pick(row, ASKED))
     if len(messages) > 1 and not messages[-1]["content"]:
         messages = messages[:-1]  # a transcript that ends with "Assistant:", where the answer is to follow
-    extra = row.get("input") or row.get("context") or ""
-    if not isinstance(extra, str):
-        raise BadRow(f"a text is not a string but {type(extra).__name__}")
-    if extra.strip().lower() not in NO_INPUT:
-        messages = [*messages[:-1], user(f"{messages[-1]['content'].strip()}\n\n{extra}")]
+    for key in ("input", "context"):
+        extra = text_of(row[key]) if has(row, key) else ""
+        if extra.strip().lower() not in NO_INPUT:
+            messages = [*messages[:-1], user(f"{text_of(messages[-1]['content']).strip()}\n\n{extra}")]
     return messages
 
 
-@layout("prompt", when=lambda row: isinstance(row["prompt"], dict))
+@layout("prompt", when=lambda row: isinstance(row["prompt"], dict), unused=KEYS)
 def oasst_tree(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
     """A message tree of Open Assistant's export."""
     if row.get("tree_state", "ready_for_export") != "ready_for_export":
@@ -89,139 +105,86 @@ def oasst_tree(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prom
     return tree_rows(row["prompt"], subset)
 
 
-@layout("text", "role", "replies")
+@layout("text", "role", "replies", unused=KEYS)
 def oasst_root(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
     """A message tree without its envelope."""
     return tree_rows(row, subset)
 
 
-def trees_of(rows) -> Iterator[tuple[str, object]]:
-    """Open Assistant's flat messages as trees, in the order of their roots; holds the messages in memory."""
-    nodes, roots = {}, []
-    for place, row in rows:
-        try:
-            hash((row["message_id"], row.get("parent_id")))  # a TypeError where an id is a list
-            node = {key: row.get(key) for key in ("text", "role", "lang", "rank", "deleted", "review_result")}
-            node |= {"parent": row.get("parent_id"), "state": row.get("tree_state"), "replies": [], "place": place}
-            nodes[row["message_id"]] = node
-        except (AttributeError, KeyError, TypeError):
-            yield place, row if isinstance(row, BadRow) else BadRow("no usable 'message_id'")
-    for node in nodes.values():
-        if node["parent"] is None:
-            roots.append(node)
-        elif node["parent"] in nodes:
-            nodes[node["parent"]]["replies"].append(node)
-        else:
-            yield node["place"], BadRow("the parent message is missing")
-    for root in roots:
-        yield root["place"], {"tree_state": root["state"] or "ready_for_export", "prompt": root}
-
-
-@layout("message_id", "text", "role", regroup=trees_of)
+@layout("message_id", "text", "role", regroup=trees_of, unused=KEYS)
 def oasst_messages(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
     """Open Assistant's flat messages, already gathered into a tree."""
     return oasst_tree(row, subset)
 
 
-def tree_rows(root, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
-    """All rows of a message tree. `subset`: languages and how many of the best replies to imitate, as in "en+de+top2".
-
-    Every turn of the user's gives a prompt, every one with two or more ranked replies a ranking. The threads to
-    imitate follow the best replies (rank 0 is the best), and an answer that several threads share is demonstrated in
-    the first of them only: in the others it is part of the prompt.
-    """
-    options = [option for option in subset.split("+") if option]
-    tops = [option[3:] for option in options if option.startswith("top")]
-    languages = [option for option in options if not option.startswith("top")]
-    if len(tops) > 1 or not all(top.isdigit() and int(top) for top in tops):
-        raise UserError(f"@{subset}: give languages and at most one topN, as in oasst1@en+top2")
-    top_k = int(tops[0]) if tops else 1
-    if languages and root.get("lang") not in languages:
-        raise Skip("another language")
-    stack = [(root, [], 0, True)]  # node, the turns before it, how many of those are demonstrated, among the best?
-    while stack:
-        node, before, done, best = stack.pop()
-        path = [*before, {"role": node["role"], "content": node["text"]}]
-        replies = [
-            reply
-            for reply in node.get("replies") or []
-            if not reply.get("deleted") and reply.get("review_result") is not False
-        ]
-        asks = node["role"] in ("prompter", "user")
-        if asks:
-            replies.sort(key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"])
-            yield {"prompt": path, "reference": replies[0]["text"] if replies else ""}
-            ranked = [reply for reply in replies if reply.get("rank") is not None]
-            if len(ranked) > 1:
-                texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
-                yield {"prompt": path, "responses": texts, "ranks": ranks}
-        if best and not replies:
-            fresh = [i for i, turn in enumerate(path) if i >= done and turn["role"] == "assistant"]
-            if fresh:
-                yield {"prompt": path[: fresh[0]], "completion": path[fresh[0] :]}
-        branches = [
-            (reply, path, done if i == 0 else len(path), best and (not asks or i < top_k))
-            for i, reply in enumerate(replies)
-        ]
-        stack.extend(reversed(branches))
+def ranks_of(scores: list[float | None]) -> list[int | None]:
+    """The rank of each score, 0 for the highest; equal scores share one, and what has no score has no rank."""
+    ladder = sorted({score for score in scores if score is not None}, reverse=True)
+    return [None if score is None else ladder.index(score) for score in scores]
 
 
-def ranks_of(scores: list[float]) -> list[int]:
-    """The rank of each score, 0 for the highest; equal scores share one."""
-    ladder = sorted(set(scores), reverse=True)
-    return [ladder.index(score) for score in scores]
+def numbers_of(scores) -> list[float | None]:
+    return [None if nothing(score) else float(score) for score in a_list(scores)]
 
 
 def by_prompt(rows) -> Iterator[tuple[str, object]]:
     """Scored answers gathered by their prompt, in the order of first appearance; holds the texts in memory."""
-    groups: dict[str, dict] = {}
+    groups: dict[str, tuple[str, dict]] = {}
     for place, row in rows:
         try:
-            score = float(row["score"])
-            group = groups.setdefault(row["user_input"], {"place": place, "responses": [], "scores": []})
-            group["responses"].append(row["completion"])
-            group["scores"].append(score)
+            numbers_of([row["score"]])
+            apart = {key: row[key] for key in APART if has(row, key)}
+            asked = json.dumps([row["user_input"], row.get("input"), row.get("context"), apart], default=str)
+            group = groups.setdefault(asked, (place, {"answers": []} | apart))[1]
+            group["answers"].append({key: value for key, value in row.items() if key not in APART})
         except (KeyError, TypeError, ValueError):
             yield place, row if isinstance(row, BadRow) else BadRow("no score that is a number")
-    for prompt, group in groups.items():
-        yield group["place"], {"user_input": prompt, **group}
+    yield from groups.values()
 
 
 @layout("user_input", "completion", "score", regroup=by_prompt)
 def scored_answers(row) -> Ranking:
     """Answers with scores; those of one `user_input` are ranked against each other."""
-    return {"prompt": question(row), "responses": row["responses"], "ranks": ranks_of(row["scores"])}
+    answers = row["answers"]
+    ranks = ranks_of(numbers_of([answer["score"] for answer in answers]))
+    return {
+        "prompt": [question(answer) for answer in answers][0],
+        "responses": [answer["completion"] for answer in answers],
+        "ranks": ranks,
+    }
 
 
 @layout("prompt", "pos|pos_reply", "neg_replies")
-def one_against_many(row) -> list[Preference]:
-    """A good reply and a list of bad ones; `history` holds the earlier [question, answer] pairs."""
-    messages = [turn for asked, answered in row.get("history") or [] for turn in (user(asked), assistant(answered))]
-    messages, good = [*messages, user(row["prompt"])], [assistant(pick(row, "pos|pos_reply"))]
-    return [{"prompt": messages, "chosen": good, "rejected": [assistant(bad)]} for bad in a_list(row["neg_replies"])]
+def one_against_many(row) -> Ranking:
+    """A good reply and a list of bad ones, which are not compared with each other."""
+    bad = a_list(row["neg_replies"])
+    return {"prompt": question(row), "responses": [pick(row, "pos|pos_reply"), *bad], "ranks": [0] + [1] * len(bad)}
 
 
 @layout("prefixes", "responses")
 def prefixes_responses(row) -> Ranking:
-    """Alternating turns and replies to the last of them, the best reply first."""
+    """Alternating turns and replies to the last of them, the best first; `augmented` ones are worse than all these."""
     prompt = [(user, assistant)[i % 2](text) for i, text in enumerate(a_list(row["prefixes"]))]
-    return {"prompt": prompt, "responses": row["responses"], "ranks": list(range(len(row["responses"])))}
+    good, bad = a_list(row["responses"]), a_list(row["augmented"]) if has(row, "augmented") else []
+    return {"prompt": prompt, "responses": good + bad, "ranks": [*range(len(good)), *[len(good)] * len(bad)]}
 
 
 @layout(ASKED, "responses")
 def ranked_responses(row) -> Ranking:
     """Replies from best to worst, or with `ranks` (0 is the best), `scores`, or a `ranking` such as "A<B<C=D<E"."""
     responses = row["responses"]
-    names = [chr(ord("A") + i) for i in range(len(responses))]
     if isinstance(responses, dict):
-        names, responses = list(responses), list(responses.values())  # {"A": text, "B": text, ...}
-    if row.get("ranking"):
+        names, responses = list(responses), [responses[name] for name in responses]  # {"A": text, "B": text, ...}
+    else:
+        responses = a_list(responses)
+        names = [chr(ord("A") + i) for i in range(len(responses))]
+    if has(row, "ranking"):
         ranks = ranks_in(row["ranking"])
         ranks = [ranks.get(name) for name in names]
-    elif row.get("scores"):
-        ranks = ranks_of([float(score) for score in row["scores"]])
+    elif has(row, "scores"):
+        ranks = ranks_of(numbers_of(row["scores"]))
     else:
-        ranks = row.get("ranks") or list(range(len(responses)))
+        ranks = a_list(row["ranks"]) if has(row, "ranks") else list(range(len(responses)))
     return {"prompt": question(row), "responses": responses, "ranks": ranks}
 
 
@@ -234,30 +197,50 @@ def ranks_in(notation: str) -> dict[str, int]:
     return {name: rank for rank, group in enumerate(groups[::-1] if sign == "<" else groups) for name in group}
 
 
-@layout("chosen", "rejected")
+@layout("info", "summaries", "choice", unused="id site policy note worker batch split extra")
+def summary_pair(row) -> Preference:
+    """OpenAI's comparisons of two summaries; `choice` is the place of the better one."""
+    info, choice, texts = row["info"], row["choice"], [summary["text"] for summary in a_list(row["summaries"])]
+    if choice not in (0, 1) or isinstance(choice, bool) or len(texts) != 2:
+        raise BadRow("'choice' is not the place, 0 or 1, of one of two summaries")
+    fields = ("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("ARTICLE: ", "article")
+    post = "".join(f"{name}{info[key]}\n" for name, key in fields if has(info, key))
+    chosen, rejected = assistant(texts[choice]), assistant(texts[1 - choice])
+    return {"prompt": [user(post + "TL;DR:")], "chosen": [chosen], "rejected": [rejected]}
+
+
+@layout(BETTER, WORSE)
 def comparison(row) -> Preference:
     """Two answers, the better one in `chosen`: texts, HH transcripts or message lists, with a prompt or holding it."""
-    asked = any(key in row for key in ASKED.split("|"))
-    if isinstance(row["chosen"], str) and (not asked or row["chosen"].startswith("\n\nHuman:")):
-        pair = transcript_pair(row)
+    better, worse = pick(row, BETTER), pick(row, WORSE)
+    dialogues = isinstance(better, str) and better.startswith("\n\nHuman:")
+    if dialogues or (isinstance(better, str) and not has(row, ASKED_OR_TALK) and written_messages(better) is None):
+        pair = transcript_pair(better, worse)
     else:
-        chosen, rejected = as_messages(row["chosen"], "assistant"), as_messages(row["rejected"], "assistant")
-        if asked and ROLES.get(chosen[0]["role"]) == "assistant":
-            pair = {"prompt": question(row), "chosen": chosen, "rejected": rejected}
-        elif chosen[:-1] == rejected[:-1]:
-            pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-        else:
-            raise BadRow("chosen and rejected answer different prompts")
-    if "score_chosen" in row and "score_rejected" in row:
+        pair = pair_of(row, as_messages(better, "assistant"), as_messages(worse, "assistant"))
+    if "score_chosen" in row and has(row, "score_chosen") and has(row, "score_rejected"):
         pair["margin"] = float(row["score_chosen"]) - float(row["score_rejected"])
-    elif row.get("margin") is not None:
+    elif "margin" in row and has(row, "margin"):
         pair["margin"] = float(row["margin"])
     return pair
 
 
-def transcript_pair(row) -> Preference:
+def pair_of(row, chosen: list[dict], rejected: list[dict]) -> Preference:
+    """A pair of answers to the row's prompt, or of dialogues that hold it; a prompt beside those is the same one."""
+    asked = question(row) if has(row, ASKED) else as_messages(pick(row, TALK)) if has(row, TALK) else None
+    if asked and ROLES.get(str(chosen[0]["role"])) == "assistant":
+        return {"prompt": asked, "chosen": chosen, "rejected": rejected}
+    prompt, texts = chosen[:-1], [text_of(turn["content"] or "").strip() for turn in chosen]
+    if prompt != rejected[:-1]:
+        raise BadRow("chosen and rejected answer different prompts")
+    if asked and not all(text_of(turn["content"] or "").strip() in texts for turn in asked):
+        raise BadRow("the prompt is none of the turns that chosen holds")
+    return {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def transcript_pair(chosen: str, rejected: str) -> Preference:
     """HH's form: two whole dialogues. Each is cut at its own last answer, for their lengths may differ before it."""
-    sides = [row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")]
+    sides = [dialogue.rpartition("\n\nAssistant:") for dialogue in (chosen, rejected)]
     if not all(marker for _, marker, _ in sides):
         raise BadRow("not a Human/Assistant transcript")
     prompts, _, answers = zip(*sides, strict=True)
@@ -269,17 +252,34 @@ def transcript_pair(row) -> Preference:
     return {"prompt": prompt, "chosen": [assistant(answers[0])], "rejected": [assistant(answers[1])]}
 
 
-@layout("messages|conversations")
+@layout(f"{TALK}|{ANSWERED}", "rejected_response|rejected_messages")
+def answer_and_worse(row) -> Preference:
+    """A conversation, or a question and its answer, and a worse answer to the same."""
+    if has(row, TALK):
+        talk = as_messages(pick(row, TALK))
+        prompt, chosen = talk[:-1], talk[-1:]
+    else:
+        prompt, chosen = question(row), as_messages(pick(row, ANSWERED), "assistant")
+    rejected = as_messages(pick(row, "rejected_response|rejected_messages"), "assistant")
+    if len(rejected) > 1 and rejected[:-1] != prompt:
+        raise BadRow("chosen and rejected answer different prompts")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected[-1:]}
+
+
+@layout(TALK)
 def conversation(row) -> Demonstration:
     """A conversation whose answers are all worth imitating (OpenAI's keys, or ShareGPT's `from` and `value`)."""
-    return demonstration(as_messages(pick(row, "messages|conversations")))
+    return demonstration(pick(row, TALK))
 
 
 @layout("instruction", "instances")
 def seed_task(row) -> list[Demonstration]:
     """Self-Instruct's seed tasks: one instruction with several inputs and outputs."""
-    instances = [{"instruction": row["instruction"], **instance} for instance in row["instances"]]
-    return [instruction(instance) for instance in instances]
+    ask = row["instruction"]
+    return [
+        instruction({"instruction": ask, "input": instance.get("input"), "output": instance["output"]})
+        for instance in a_list(row["instances"])
+    ]
 
 
 @layout(ASKED, ANSWERED)
@@ -290,15 +290,14 @@ def instruction(row) -> Demonstration:
 
 @layout("text")
 def plain_text(row) -> Demonstration:
-    """A text to imitate as it is, without a prompt, unless it is a transcript (Human/Assistant, "### Human:")."""
+    """A text to imitate as it stands, with no turn around it, unless it is a transcript ("Human:", "### Human:")."""
     text = row["text"]
     if text.lstrip().startswith("### Human:"):
         text = text.replace("### Human:", "\n\nHuman:").replace("### Assistant:", "\n\nAssistant:")
-    messages = as_messages(text, "assistant")
-    return demonstration(messages)
+    return demonstration(text, "text")
 
 
-@layout(ASKED)
+@layout(ASKED, when=only_asks)
 def prompt_only(row) -> Prompt:
-    """A prompt; other columns are ignored."""
-    return {"prompt": question(row), "reference": row.get("reference") or ""}
+    """A prompt, perhaps with the `reference` that the data answered."""
+    return {"prompt": question(row), "reference": row["reference"] if has(row, "reference") else ""}

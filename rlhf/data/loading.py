@@ -3,9 +3,9 @@
 import dataclasses
 
 from rlhf.data.mixing import hold_out, mix
-from rlhf.data.names import Name, parse_names
+from rlhf.data.names import parse_names
 from rlhf.data.rows import SERVES, kind_for, kinds_of
-from rlhf.data.sources import DATASETS, Source, source_of
+from rlhf.data.sources import DATASETS, Source, metric_name, source_of
 from rlhf.user_error import UserError
 
 
@@ -18,6 +18,8 @@ def load_datasets(
     max_eval_samples: int | None = None,
     seed: int = 42,
     max_bad_percentage: float = 5.0,
+    ignore_columns: str | None = None,
+    max_pairs_per_prompt: int = 10,
 ) -> tuple["datasets.Dataset", dict[str, "datasets.Dataset"], dict]:  # noqa: F821 (imported where it is needed)
     """(train, {name: evaluation rows}, report) of `--dataset_names`, for "sft", "preference" or "prompt".
 
@@ -27,9 +29,8 @@ def load_datasets(
     """
     if not 0 <= validation_split_percentage < 100:
         raise UserError(f"--validation_split_percentage is {validation_split_percentage:g}; give 0 or more, below 100")
-    origins = {}
-    train, skipped = resolve(dataset_names, task, origins)
-    evaluate, more = resolve(eval_dataset_names, task, origins) if eval_dataset_names else (None, [])
+    ways = ignore_columns, max_pairs_per_prompt
+    (train, evaluate), notes = resolve([dataset_names, eval_dataset_names], task, *ways)
     rows, evals, report = mix(
         train,
         evaluate,
@@ -39,7 +40,8 @@ def load_datasets(
         seed=seed,
         max_bad_percentage=max_bad_percentage,
     )
-    report["notes"] = skipped + [line for line in more if line not in skipped]
+    report["notes"] = notes + report["notes"]
+    refuse_unknown(ignore_columns, report)
     for label, entry in report["evaluation"].items():
         if not entry["kept"]:
             report["notes"].append(
@@ -56,6 +58,8 @@ def load_held_out(
     validation_split_percentage: float = 5.0,
     max_eval_samples: int | None = None,
     max_bad_percentage: float = 5.0,
+    ignore_columns: str | None = None,
+    max_pairs_per_prompt: int = 10,
 ) -> tuple[dict[str, "datasets.Dataset"], dict]:  # noqa: F821
     """({name: evaluation rows}, report) of names: what a training run on them would hold out, and nothing to train on.
 
@@ -68,7 +72,7 @@ def load_held_out(
         raise UserError(
             f"--validation_split_percentage is {validation_split_percentage:g}; give more than 0, up to 100"
         )
-    wanted, skipped = resolve(dataset_names, task, {})
+    (wanted,), notes = resolve([dataset_names], task, ignore_columns, max_pairs_per_prompt)
     evals, report = hold_out(
         wanted,
         task,
@@ -82,34 +86,67 @@ def load_held_out(
             f"{dataset_names}: no prompt is held out there to evaluate on\n"
             "  raise --validation_split_percentage, or name a file that was not trained on with --eval_dataset_names"
         )
-    report["notes"] = skipped + [
+    refuse_unknown(ignore_columns, report)
+    report["notes"] = notes + [
         f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
     ]
     return evals, report
 
 
-def resolve(names: str, task: str, origins: dict[str, str]) -> tuple[list[tuple[Source, Name]], list[str]]:
-    """The sources that serve the task with what is wanted of them, and a line for each name that does not.
+def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int):
+    """For each comma list the sources that serve the task with what is wanted of them; and lines for the table.
 
-    `origins` keeps the labels apart: two files of one name get two labels, one file named twice a single one.
+    One dataset has one label in all lists; different ones that share a label get their folder's name before it.
     """
-    usable, skipped = {}, []
-    for name in parse_names(names):
-        source = source_of(name)
-        label, number = source.label, 1
-        while origins.setdefault(label, source.origin) != source.origin:
+    if max_pairs_per_prompt < 1:
+        raise UserError(f"--max_pairs_per_prompt is {max_pairs_per_prompt}; give 1 or more")
+    ignored = frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
+    named = [names and [(source_of(name, ignored), name) for name in parse_names(names)] for names in lists]
+    labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs or []})
+    results = []
+    for pairs in named:
+        usable = {}
+        for source, name in pairs or []:
+            if kind_for(task, source.kinds) is None:
+                tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
+                notes += [f"{name.name} serves {tasks}, not {task}: skipped"]
+            elif source.origin in usable:
+                raise UserError(
+                    f"{name.name} is named twice\nname a dataset once; :0.5 or #5000 says how much of it to take"
+                )
+            else:
+                ways = {"label": labels[source.origin], "ignored": ignored, "most_pairs": max_pairs_per_prompt}
+                usable[source.origin] = dataclasses.replace(source, **ways), name
+        if pairs and not usable:
+            able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
+            raise UserError(f"{notes[-1].removesuffix(': skipped')}\nfor {task} use one of {able}")
+        results.append(list(usable.values()) if pairs else None)
+    return results, list(dict.fromkeys(notes))
+
+
+def labels_apart(sources: dict[str, Source]) -> tuple[dict[str, str], list[str]]:
+    """A label of its own for each origin, and a line for each that had to get another than its short one."""
+    labels, depth = {origin: source.label for origin, source in sources.items()}, 0
+    clash = {}
+    while depth < 9 and (clash := {origin for origin in labels if list(labels.values()).count(labels[origin]) > 1}):
+        for origin in clash:
+            if (path := sources[origin].path) is not None:
+                folders = path.resolve().parent.parts[1:][-1 - depth :]
+                labels[origin] = metric_name(" ".join([*folders, sources[origin].label]))
+        depth += 1
+    for origin in clash:  # names that differ in their signs alone
+        others, number = [label for other, label in labels.items() if other != origin], 1
+        while labels[origin] in others:
             number += 1
-            label = f"{source.label}_{number}"
-        if kind_for(task, source.kinds) is None:
-            tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
-            skipped.append(f"{name.name} serves {tasks}, not {task}: skipped")
-        elif label in usable:
-            raise UserError(
-                f"{name.name} is named twice\nname a dataset once; :0.5 or #5000 says how much of it to take"
-            )
-        else:
-            usable[label] = dataclasses.replace(source, label=label), name
-    if not usable:
-        able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
-        raise UserError(f"{skipped[0].removesuffix(': skipped')}\nfor {task} use one of {able}")
-    return list(usable.values()), skipped
+            labels[origin] = f"{labels[origin].removesuffix(f'_{number - 1}')}_{number}"
+    moved = [origin for origin in labels if labels[origin] != sources[origin].label]
+    return labels, [f"{labels[origin]}: {sources[origin].path or origin.strip()}" for origin in moved]
+
+
+def refuse_unknown(ignore_columns: str | None, report: dict):
+    """Raises a UserError for a column to ignore that no row has: a slip there would leave another one in use."""
+    parts = [*report["datasets"].values(), *report["evaluation"].values()]
+    seen = {name for entry in parts for name in entry["unused"]}
+    for name in filter(None, map(str.strip, (ignore_columns or "").split(","))):
+        if name not in seen:
+            raise UserError(f"--ignore_columns {name}: no row has a column or key of that name")

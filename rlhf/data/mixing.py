@@ -111,9 +111,9 @@ def evaluation_part(source: Source, task: str, whole: bool, percentage: float, m
 
 def hold_out(wanted: list, task: str, *, whole_files: bool, percentage, max_eval_samples, max_bad_percentage):
     """({label: evaluation rows}, report) of a list of (Source, Name): just what `mix` keeps out of training."""
-    evals, report = {}, {"datasets": {}, "evaluation": {}}
+    evals, report = {}, {"datasets": {}, "evaluation": {}, "notes": []}
     for source, name in wanted:
-        rows = evaluation_part(source, task, whole_files and source.is_file, percentage, max_bad_percentage)
+        rows = evaluation_part(source, task, whole_files and source.path is not None, percentage, max_bad_percentage)
         for part in (name, Name("", count=max_eval_samples)):
             rows.take(part, 0, EVALUATE)  # the same rows under every seed, comparable
         report["evaluation"][source.label] = account(rows)
@@ -130,7 +130,8 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     import numpy as np
     from datasets import concatenate_datasets
 
-    report = {"task": task, "seed": seed, "validation_split_percentage": percentage, "datasets": {}, "evaluation": {}}
+    report = {"task": task, "seed": seed, "validation_split_percentage": percentage}
+    report |= {"datasets": {}, "evaluation": {}, "notes": []}
     trained = {source.label: part_of(source, task, "train", max_bad_percentage) for source, _ in train}
     empty = next((source for source, _ in train if trained[source.label] is None), None)
     if empty:
@@ -140,27 +141,33 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     tests = {}
     for source, _ in train if evaluate is None else evaluate:
         # a file that is named for evaluation alone is evaluated on whole
-        whole = source.is_file and source.label not in trained
+        whole = source.path is not None and source.label not in trained
         tests[source.label] = evaluation_part(source, task, whole, percentage, max_bad_percentage)
     # the rows that an evaluation leaves out for brevity count as seen too: its size must not change what is trained on
     seen = np.concatenate([rows.of("prompt") for rows in tests.values()]) if tests else np.array([], np.uint64)
 
     for source, name in train:
         rows = trained[source.label]
-        if source.open(task, "test") is None:
+        if source.label in tests and source.open(task, "test") is None:
             rows.split("train", percentage)
         rows.drop("prompt is in an evaluation set", np.isin(rows.of("prompt"), seen))
         rows.take(name, seed)
     unique = "prompt" if task == "prompt" else "row"
     again = earlier_with_same(np.concatenate([rows.of(unique) for rows in trained.values()])) > 0
-    for rows in trained.values():
+    contained = set()
+    for label, rows in trained.items():
         mine, again = again[: len(rows.index)], again[len(rows.index) :]
+        if len(mine) and mine.all():
+            contained.add(label)
+            report["notes"].append(f"{label}: left out, for sets named before have all its rows")
         rows.drop("in a set named before", mine)
+    if evaluate is not None and any(label not in tests for label in trained):
+        report["notes"].append("nothing is held out of sets that --eval_dataset_names does not name")
 
     total = sum(len(rows.index) for rows in trained.values())
     for label, rows in trained.items():
         report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
-        if not len(rows.index):
+        if not len(rows.index) and label not in contained:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
             raise UserError(f"{label}: no row is left to train on: {reasons}")
     parts = list(trained.values())
@@ -187,7 +194,7 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
 def account(rows: Part) -> dict:
     """What became of a part's rows: read + extra (rows beyond one for a raw row) == kept + set aside + dropped."""
     kept = {"kept": len(rows.index), "dropped": rows.dropped, "set_aside": rows.set_aside}
-    return kept | {name: rows.report[name] for name in ("read", "extra", "first", "fingerprint")}
+    return kept | {name: rows.report[name] for name in ("read", "extra", "first", "unused", "fingerprint")}
 
 
 def describe(report: dict) -> str:
@@ -212,4 +219,6 @@ def reasons_of(entry: dict) -> list[str]:
     for name, counts in lines:
         ordered = sorted(counts.items(), key=lambda item: -item[1])
         texts.append(f"{name}: " + ", ".join(f"{reason} {count:,}".strip() for reason, count in ordered))
+    if entry["unused"]:
+        texts.append("not used: " + ", ".join(entry["unused"]))
     return [line for text in texts for line in textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ")]

@@ -6,13 +6,13 @@ Rows are conversational and carry no chat markup; the tokenizer's template rende
 """
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import TypedDict, get_args, get_type_hints
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-MAX_PAIRS_PER_PROMPT = 10  # a prompt with nine ranked replies has 36 pairs and would outweigh its neighbours
+from rlhf.data.messages import ROLES, BadRow, Message, Skip, a_list, as_messages, assistant, known_role, text_of
+
+ASKED = "prompt|instruction|INSTRUCTION|question|user_input|query"
 
 
 class Prompt(TypedDict):
@@ -53,29 +53,6 @@ COLUMNS = {
     "preference": ("prompt", "chosen", "rejected"),
     "prompt": ("prompt", "reference"),
 }
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"),
-}
-
-
-class Skip(Exception):
-    """The row is sound but of no use here, for the reason given (a tie, another language)."""
-
-
-class BadRow(Skip):
-    """The row is broken, for the reason given; too many of them stop the run."""
-
-
-def user(text: str) -> Message:
-    """One turn of the user's."""
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> Message:
-    """One turn of the assistant's."""
-    return {"role": "assistant", "content": text}
 
 
 def kinds_of(convert) -> tuple[type, ...]:
@@ -100,48 +77,40 @@ def kind_for(task: str, kinds: Iterable[type]) -> type | None:
     return next((kind for kind in SERVES[task] if kind in kinds), None)
 
 
-def parse_transcript(text: str) -> list[Message]:
-    """The turns of an HH transcript ("\\n\\nHuman: ...\\n\\nAssistant: ..."); neighbours of one role become one turn.
-
-    Only a marker at a paragraph's start opens a turn: HH's texts mention "Human:" and "Assistant:" inline too.
-    """
-    before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
-    if before.strip():
-        raise BadRow("not a Human/Assistant transcript")
-    messages: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + content.strip()
-        else:
-            messages.append({"role": role, "content": content.strip()})
-    return messages
-
-
-def as_messages(value, role: str = "user") -> list[Message]:
-    """Messages from what datasets hold: a text, an HH transcript, or a list in OpenAI's or ShareGPT's keys."""
-    if isinstance(value, str):
-        transcript = value.lstrip().startswith("Human:")
-        return parse_transcript(value) if transcript else [{"role": role, "content": value}]
-    return [
-        {"role": turn["role"], "content": turn["content"]}
-        if "role" in turn
-        else {"role": turn["from"], "content": turn["value"]}
-        for turn in value
-    ]
-
-
-def demonstration(messages: list[Message]) -> Demonstration:
+def demonstration(messages, role: str = "user") -> Demonstration:
     """A conversation whose answers are all worth imitating: the completion starts at the first of them."""
-    first = next((i for i, turn in enumerate(messages) if ROLES.get(turn["role"]) == "assistant"), len(messages))
+    messages = as_messages(messages, role)
+    answers = ("assistant", "text")
+    first = next((i for i, turn in enumerate(messages) if ROLES.get(str(turn["role"])) in answers), len(messages))
     return {"prompt": messages[:first], "completion": messages[first:]}
+
+
+def imitated(row: dict) -> Iterator[dict]:
+    """A row for each run of answers to imitate; what is marked otherwise is part of the next one's prompt."""
+    if "completion" not in row:
+        marked = [turn["masked"] for side in ("chosen", "rejected") for turn in row.get(side, ()) if "masked" in turn]
+        if marked:
+            raise BadRow(f"an answer of a pair is marked by {marked[0]!r}")
+        yield row
+        return
+    turns, start, mark, given = row["prompt"] + row["completion"], None, None, False
+    for i in range(len(row["prompt"]), len(turns) + 1):
+        mark = turns[i].get("masked", mark) if i < len(turns) else mark
+        if i == len(turns) or "masked" in turns[i]:
+            if start is not None:
+                yield row | {"prompt": turns[:start], "completion": turns[start:i]}
+            start, given = None, given or start is not None
+        elif start is None and ROLES.get(turns[i]["role"]) in ("assistant", "text"):
+            start = i
+    if not given:
+        yield Skip(f"its answers are marked as bad ({mark!r})") if mark else row
 
 
 def clean(row: dict) -> dict:
     """The row with stripped texts and the three known role names; raises BadRow where that cannot be done."""
     for column in ("prompt", "completion", "chosen", "rejected"):
         if column in row:
-            row[column] = [clean_message(message) for message in row[column]]
+            row[column] = [cleaned for message in row[column] if (cleaned := clean_message(message))]
     for column in ("margin", "score"):
         if row.get(column) is not None:
             row[column] = float(row[column])
@@ -151,38 +120,31 @@ def clean(row: dict) -> dict:
         row["responses"] = [clean_message(assistant(text))["content"] for text in a_list(row["responses"])]
         if len(row["responses"]) != len(row["ranks"]):
             raise BadRow("responses and ranks differ in number")
-    if not isinstance(row.get("reference", ""), str):
-        raise BadRow("a text is not a string")
+    if "reference" in row:
+        row["reference"] = text_of(row["reference"])
     return row
 
 
-def a_list(value) -> list:
-    """The value if it is a list: a text would be taken for a list of letters."""
-    if not isinstance(value, list):
-        raise BadRow("a column that should be a list is none")
-    return value
-
-
-def clean_message(message: Message) -> Message:
+def clean_message(message: Message) -> Message | None:
+    """The message with its text stripped; None for a system prompt that says nothing."""
     role, content = message["role"], message["content"]
-    if not isinstance(content, str):
-        raise BadRow(
-            "a text is missing" if content is None else f"a text is not a string but {type(content).__name__}"
-        )
+    role = ROLES[role] if type(role) is str and role in ROLES else known_role(role)
+    if type(content) is not str:
+        content = text_of(content or "" if role == "system" else content)
     content = content.strip()
     if not content:
+        if role == "system":
+            return None
         raise BadRow("empty message")
-    if role not in ROLES:
-        raise BadRow("unknown role")
     try:
         content.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, but no UTF-8 exists for it
         raise BadRow("broken Unicode") from error
-    return {"role": ROLES[role], "content": content}
+    return {"role": role, "content": content}
 
 
-def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
-    """The rows that `task` takes from a clean row of `kind`: one, or the pairs of a ranking."""
+def views(row: dict, task: str, kind: type, most_pairs: int) -> Iterator[dict | Skip]:
+    """The rows that `task` takes from a clean row of `kind`: one, or at most so many pairs of a ranking."""
     prompt, ranked = row["prompt"], []
     if kind is Ranking:
         ranked = [(rank, text) for rank, text in zip(row["ranks"], row["responses"], strict=True) if rank is not None]
@@ -193,10 +155,10 @@ def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
         pairs = [(better, worse) for (high, better), (low, worse) in pairs if high < low]
         if not pairs:
             yield Skip("tie" if len(ranked) > 1 else "fewer than two ranked replies")
-        for better, worse in pairs[:MAX_PAIRS_PER_PROMPT]:
+        for better, worse in pairs[:most_pairs]:
             yield {"prompt": prompt, "chosen": [assistant(better)], "rejected": [assistant(worse)]}
-        for _ in pairs[MAX_PAIRS_PER_PROMPT:]:
-            yield Skip(f"more than {MAX_PAIRS_PER_PROMPT} pairs of a prompt")
+        for _ in pairs[most_pairs:]:
+            yield Skip(f"more than {most_pairs} pairs of a prompt")
         return
     if task == "preference":
         yield {column: row[column] for column in ("prompt", "chosen", "rejected", "margin") if column in row}
@@ -206,12 +168,14 @@ def views(row: dict, task: str, kind: type) -> Iterator[dict | Skip]:
     else:
         answer = row.get("completion") or row.get("chosen") or []
     if task == "sft":
-        while answer and answer[-1]["role"] != "assistant":
+        while answer and answer[-1]["role"] not in ("assistant", "text"):
             answer = answer[:-1]
         yield {"prompt": prompt, "completion": answer, "score": row.get("score")}
         return
     # prompts: everything up to the last turn of the user's; what the data answered there is the reference
     thread = prompt + answer
+    if thread and thread[-1]["role"] == "text":
+        raise Skip("a text serves sft alone")
     reference = thread[-1]["content"] if thread and thread[-1]["role"] == "assistant" else ""
     yield {
         "prompt": thread[:-1] if reference else thread,
@@ -224,13 +188,15 @@ def problem_with(row: dict) -> str | None:
     """Why a clean row of a task cannot be used, in a few words, or None."""
     prompt = row["prompt"]
     answers = [row[column] for column in ("completion", "chosen", "rejected") if column in row]
+    if any(turn["role"] == "text" for turn in row.get("completion", ())):
+        return None if len(prompt + row["completion"]) == 1 else "a text stands beside turns"
     if any(not answer or answer[-1]["role"] != "assistant" for answer in answers):
         return "answer does not end with the assistant"
-    if prompt or "completion" not in row:  # a completion alone is plain text to imitate
-        if not prompt or prompt[-1]["role"] != "user":
-            return "prompt does not end with the user"
-        if not all(alternates(prompt + answer) for answer in answers or [[]]):
-            return "roles out of order"
+    starts = "completion" in row and all(turn["role"] == "system" for turn in prompt)  # with the assistant's turn
+    if not starts and (not prompt or prompt[-1]["role"] != "user"):
+        return "prompt does not end with the user"
+    if not all(alternates(prompt + answer) for answer in answers or [[]]):
+        return "roles out of order"
     if "chosen" in row:
         if row["chosen"] == row["rejected"]:
             return "identical answers"
@@ -244,6 +210,11 @@ SOUND = ("identical answers", "tie", "rejected has the higher score")
 
 
 def alternates(messages: list[Message]) -> bool:
-    """Whether user and assistant take turns, the user first, after at most one system message."""
-    start = 1 if messages[0]["role"] == "system" else 0
-    return all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(messages[start:]))
+    """Whether user and assistant take turns, whoever begins, after at most one system message."""
+    last = "first"
+    for turn in messages:
+        role = turn["role"]
+        if role == last or role == "text" or (role == "system" and last != "first"):
+            return False
+        last = role
+    return True

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.data.columns import nothing, without
 from rlhf.data.files import READERS, find_files, read_file
 from rlhf.data.layouts import detect
+from rlhf.data.messages import Skip
 from rlhf.data.names import Name
-from rlhf.data.rows import SERVES, Skip, kinds_of
+from rlhf.data.rows import SERVES, kinds_of
 from rlhf.user_error import UserError
 
 
@@ -35,7 +37,10 @@ class Source:
     keep: Callable | None = None
     regroup: Callable | None = None
     max_pairs: int | None = None  # at most so many pairs of one prompt, over all rows
-    is_file: bool = False
+    unused: frozenset[str] = frozenset()  # columns and keys that its rows have and that it has no use for
+    path: Path | None = None  # of a file or a folder
+    ignored: frozenset[str] = frozenset()  # what --ignore_columns names
+    most_pairs: int = 10  # of a ranking: nine replies have 36, and would outweigh their neighbours
 
 
 DATASETS: dict[str, "Entry"] = {}
@@ -48,23 +53,28 @@ class Entry(NamedTuple):
     path: str | Callable
     where: dict[str, str]  # the arguments of load_dataset; "{subset}" stands for what follows @ on the command line
     splits: dict[str, tuple[str, str | None]]
+    known_by: frozenset[str]
     options: dict
 
 
-def dataset(path, splits=("train", "test"), *, keep=None, regroup=None, max_pairs=None, **where):
+def dataset(
+    path, splits=("train", "test"), *, keep=None, regroup=None, max_pairs=None, unused="", known_by="", **where
+):
     """Registers a dataset under its function's name.
 
     `path` and `where` are `load_dataset`'s arguments (or `path` is a function of split and subset that yields rows);
     `splits` are its training and evaluation splits, a None among them means to hold out a share of the prompts, and a
     dict gives them by task. `keep(row)` says which raw rows count, `regroup(rows)` gathers rows that belong together,
-    `max_pairs` bounds the pairs of one prompt. The function turns a raw row into one row, or yields several; its
-    return annotation says of which kinds, and thereby which tasks it serves; its docstring is its line in --list.
+    `max_pairs` bounds the pairs of one prompt. `unused` names the columns, and keys within them, that the function
+    rightly leaves alone; a file with all the columns of `known_by` is read by this function. The function turns a raw
+    row into one row, or yields several; its return annotation says of which kinds, and thereby which tasks it serves;
+    its docstring is its line in --list.
     """
 
     def register(convert):
         by_task = splits if isinstance(splits, dict) else dict.fromkeys(SERVES, splits)
-        options = {"keep": keep, "regroup": regroup, "max_pairs": max_pairs}
-        DATASETS[convert.__name__] = Entry(convert, path, where, by_task, options)
+        options = {"keep": keep, "regroup": regroup, "max_pairs": max_pairs, "unused": frozenset(unused.split())}
+        DATASETS[convert.__name__] = Entry(convert, path, where, by_task, frozenset(known_by.split()), options)
         return convert
 
     return register
@@ -128,11 +138,31 @@ def registered(entry, subset: str) -> Source:
         return f"{rows._fingerprint} {subset}", lambda: hub_rows(rows)
 
     label = metric_name(f"{name} {subset}")
-    code = Path(inspect.getfile(entry.convert)).read_text()  # all of it, for an entry may call functions beside it
-    return Source(label, f"{name} {subset}", open_side, kinds_of(entry.convert), convert, code, **entry.options)
+    kinds = kinds_of(entry.convert)
+    return Source(label, f"{name} {subset}", open_side, kinds, convert, code_of(entry), **entry.options)
 
 
-def local(path: Path, subset: str) -> Source:
+def code_of(entry: Entry) -> str:
+    """All of the file that the entry is in, for it may call functions beside it."""
+    return Path(inspect.getfile(entry.convert)).read_text()
+
+
+def reader_of(row: dict, place: str, ignored: frozenset) -> tuple[Callable, str, dict]:
+    """(conversion, its own code, options) for rows like this: a registered dataset's, or a layout's."""
+    row = without(row, ignored, set())
+    fitting = [e for e in DATASETS.values() if e.known_by and e.known_by <= {k for k in row if not nothing(row[k])}]
+    if fitting:
+        entry = max(fitting, key=lambda entry: len(entry.known_by))
+        return entry.convert, code_of(entry), entry.options
+    layout = detect(row, place)
+    return layout.convert, "", {"regroup": layout.regroup, "unused": layout.unused}
+
+
+def stem(path: Path) -> str:
+    return re.sub(r"(\.(trees|jsonl|json|csv|parquet|gz))+$", "", path.resolve().name)
+
+
+def local(path: Path, subset: str, ignored: frozenset) -> Source:
     """A file, split by prompt, or a folder, by the names in it; the first row tells the layout."""
     files = find_files(path)
 
@@ -143,7 +173,7 @@ def local(path: Path, subset: str) -> Source:
     place, first = next(found, (None, None))
     if place is None:
         raise UserError(f"{path}: no row in it is readable\nput one JSON object on each line")
-    layout = detect(first, place)
+    read, code, options = reader_of(first, place, ignored)
 
     def open_side(task, side):
         if not files[side]:
@@ -151,15 +181,12 @@ def local(path: Path, subset: str) -> Source:
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files[side]]
         return json.dumps([stats, subset]), lambda: rows(side)
 
-    stem = re.sub(r"(\.(trees|jsonl|json|csv|parquet|gz))+$", "", path.resolve().name)
-    origin, convert = f"{path.resolve()} {subset}", with_subset(layout.convert, str(path), subset)
-    kinds = kinds_of(layout.convert)
-    return Source(
-        metric_name(f"{stem} {subset}"), origin, open_side, kinds, convert, regroup=layout.regroup, is_file=True
-    )
+    origin, convert = f"{path.resolve()} {subset}", with_subset(read, str(path), subset)
+    label = metric_name(f"{stem(path)} {subset}")
+    return Source(label, origin, open_side, kinds_of(read), convert, code, path=path, **options)
 
 
-def from_hub(name: str, subset: str) -> Source:
+def from_hub(name: str, subset: str, ignored: frozenset) -> Source:
     """Any dataset of the hub: its columns are detected like a file's, its splits by their names."""
     parts = load_from_hub(name, name, **({"name": subset} if subset else {}))
     words = ("valid", "dev", "eval", "test")
@@ -167,27 +194,27 @@ def from_hub(name: str, subset: str) -> Source:
         "train": next((split for split in parts if split.startswith("train")), next(iter(parts))),
         "test": next((split for word in words for split in parts if split.startswith(word)), None),
     }
-    layout = detect(next(iter(parts[sides["train"]]), {}), f"{name} row 1")
+    read, code, options = reader_of(next(iter(parts[sides["train"]]), {}), f"{name} row 1", ignored)
 
     def open_side(task, side):
         split = sides[side]
         return split and (parts[split]._fingerprint, lambda: hub_rows(parts[split]))
 
     label, origin = metric_name(f"{name.split('/')[1]} {subset}"), f"{name} {subset}"
-    return Source(label, origin, open_side, kinds_of(layout.convert), layout.convert, regroup=layout.regroup)
+    return Source(label, origin, open_side, kinds_of(read), read, code, **options)
 
 
-def source_of(name: Name) -> Source:
+def source_of(name: Name, ignored: frozenset = frozenset()) -> Source:
     """The source behind a name: a registered dataset, a file or folder, or a hub id."""
     if name.name in DATASETS:
         return registered(DATASETS[name.name], name.subset)
     path = Path(name.name).expanduser()
     if os.path.exists(path):
-        return local(path, name.subset)
+        return local(path, name.subset, ignored)
     if path.suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~")):
         raise UserError(f"{name.name}: there is no such file or folder")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name.name):
-        return from_hub(name.name, name.subset)
+        return from_hub(name.name, name.subset, ignored)
     near = difflib.get_close_matches(name.name, DATASETS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UserError(

@@ -98,17 +98,31 @@ def noise_for(seed: int, key: str, sample: int, length: int) -> torch.Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
 
 
+def answer_line(place: tuple[str, int], made: Answer) -> str:
+    """A line of the file of kept answers, with its own hash."""
+    row = {"prompt": place[0], "sample": place[1], **made._asdict()}
+    return json.dumps(row | {"hash": prompt_key(row)}) + "\n"
+
+
 def stored_answers(path: Path) -> dict[tuple[str, int], Answer]:
-    """The answers in a file, by prompt and sample; the half line that a killed run may have left is cut off."""
-    found = {}
-    if path.exists():
-        text = path.read_bytes().decode(errors="replace")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_bytes(whole.encode())
-        for line in whole.splitlines():
+    """The answers in a file, by prompt and sample; lines that are not as they were written are cut out, and said."""
+    if not path.exists():
+        return {}
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    found, damaged = {}, 0
+    for line in filter(None, lines):
+        try:
             row = json.loads(line)
-            found[row["prompt"], row["sample"]] = Answer(row["ids"], row["text"], row["ended"])
+            place, made = (row["prompt"], row["sample"]), Answer(row["ids"], row["text"], row["ended"])
+            whole = answer_line(place, made) == f"{line}\n"
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if whole:
+            found[place] = made
+        damaged += not whole
+    if damaged or lines[-1]:
+        print(f"{path}: {damaged} kept answers are cut short or damaged and are sampled anew")
+        path.write_text("".join(answer_line(*item) for item in found.items()), encoding="utf-8")
     return found
 
 
@@ -137,7 +151,7 @@ def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temper
                     places, model.sample([prompts[key] for key, _ in places], noise, temperature), strict=True
                 ):
                     found[place] = made
-                    file.write(json.dumps({"prompt": place[0], "sample": place[1], **made._asdict()}) + "\n")
+                    file.write(answer_line(place, made))
                 file.flush()
     except KeyboardInterrupt:
         done = sum(place in found for place in wanted)

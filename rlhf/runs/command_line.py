@@ -67,6 +67,12 @@ class ScriptArguments:
     max_bad_percentage: float = field(
         default=5.0, metadata={"help": "Stop when more than this percent of a dataset's rows are unusable."}
     )
+    ignore_columns: str | None = field(
+        default=None, metadata={"help": "Columns to do without, separated by commas: source,messages.tool_calls."}
+    )
+    max_pairs_per_prompt: int = field(
+        default=10, metadata={"help": "At most so many pairs of one ranking, the clearest first."}
+    )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
     )
@@ -85,6 +91,8 @@ class ScriptArguments:
             "validation_split_percentage": self.validation_split_percentage,
             "max_eval_samples": self.max_eval_samples,
             "max_bad_percentage": self.max_bad_percentage,
+            "ignore_columns": self.ignore_columns,
+            "max_pairs_per_prompt": self.max_pairs_per_prompt,
             "seed": seed,
         }
 

@@ -18,7 +18,7 @@ from prepare_data import load_datasets
 from rlhf.data import files as data_files
 from rlhf.data.files import find_files, read_file
 from rlhf.data.layouts import LAYOUTS, detect
-from rlhf.data.rows import BadRow, Skip
+from rlhf.data.messages import BadRow, Skip
 from rlhf.user_error import UserError
 from tests.conftest import ROOT
 
@@ -145,17 +145,17 @@ DAMAGED = {  # what stands on line 3: why the row is dropped
     '{"prompt": "x", "chosen": "y"': "broken JSON",
     "[1, 2]": "not a JSON object",
     "17": "not a JSON object",
-    '{"prompt": "x", "chosen": 5, "rejected": "z"}': "a column of the wrong type",
-    '{"prompt": null, "chosen": "y", "rejected": "z"}': "no column 'prompt'",
+    '{"prompt": "x", "chosen": true, "rejected": "z"}': "a text is not a string but bool",
+    '{"prompt": null, "chosen": "y", "rejected": "z"}': "not a Human/Assistant transcript",
     '{"prompt": "x", "rejected": "z"}': "no column 'chosen'",
     '{"messages": []}': "no column 'chosen'",
     '{"prompt": "x", "chosen": " ", "rejected": "z"}': "empty message",
     '{"prompt": "\\ud800", "chosen": "y", "rejected": "z"}': "broken Unicode",
-    '{"prompt": "x", "chosen": [{"role": "narrator", "content": "y"}], "rejected": "z"}': "unknown role",
+    '{"prompt": "x", "chosen": [{"role": "narrator", "content": "y"}], "rejected": "z"}': "unknown role 'narrator'",
     json.dumps({"prompt": TALK, "chosen": "y", "rejected": "z"}): "prompt does not end with the user",
     json.dumps({"prompt": TALK[:1] * 2, "chosen": "y", "rejected": "z"}): "roles out of order",
-    '{"prompt": "x", "input": 7, "chosen": "y", "rejected": "z"}': "a text is not a string but int",
-    '{"prompt": "x", "chosen": "y", "rejected": "z", "margin": "wide"}': "a column of the wrong type",
+    '{"prompt": "x", "input": [7], "chosen": "y", "rejected": "z"}': "a text is not a string but list",
+    '{"prompt": "x", "chosen": "y", "rejected": "z", "margin": "wide"}': "'margin' is of the wrong type",
     '{"prompt": "x", "chosen": "same", "rejected": "same "}': "identical answers",
     "[" * 5000: "broken JSON",
     '{"prompt": ' + "9" * 5000 + "}": "broken JSON",
@@ -213,6 +213,41 @@ def test_files_that_cannot_be_right_stop_with_place_and_remedy(tmp_path):
     assert "c.csv:3: broken CSV" in refused(tmp_path / "c.csv")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 and then nothing")
     assert "d.parquet: not a readable Parquet file" in refused(tmp_path / "d.parquet")
+
+
+ENCODED = {  # encoding and text: what the error says
+    "utf-16": ("Wie spät?", "iconv -f utf-16 -t utf-8"),
+    "utf-16-le": ("late?", "iconv -f utf-16le -t utf-8"),
+    "utf-16-be": ("late?", "iconv -f utf-16be -t utf-8"),
+    "gbk": ("现在几点了，你知道吗？我不知道。", "iconv -f gbk -t utf-8"),
+    "latin-1": ("Déjà vu à l'été", "iconv -f ENCODING"),
+    "cp1251": ("Который сейчас час", "iconv -f ENCODING"),
+    "euc-kr": ("지금 몇 시입니까 알려 주세요", "iconv -f ENCODING"),
+    "euc-jp": ("今は何時ですか", "iconv -f ENCODING"),
+    "big5": ("現在幾點了你知道嗎", "iconv -f ENCODING"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_an_encoding_is_named_only_where_its_bytes_tell_it(tmp_path, encoding, suffix):
+    text, said = ENCODED[encoding]
+    row = f"prompt,completion\n{text},ok" if suffix == ".csv" else f'{{"prompt": "{text}", "completion": "ok"}}'
+    content = row.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    message = refused(path)
+    assert said in message and "latin1" not in message and str(path) in message
+
+
+def test_a_cell_of_a_csv_file_is_a_text_until_it_becomes_messages(tmp_path):
+    answer = '[{"thing": "hat"}]'
+    as_csv(tmp_path / "a.csv", [{"prompt": ASKED, "completion": answer}])
+    assert load(tmp_path / "a.csv", "sft")[0] == [[U, [f"a: {answer}"]]]
+    as_csv(tmp_path / "b.csv", [{"messages": repr(TALK), "prompt": "", "system": ""}])
+    assert load(tmp_path / "b.csv", "sft")[0] == [[U, G]]
+    as_csv(tmp_path / "c.csv", [{"prompt": ASKED, "responses": json.dumps([GOOD, BAD]), "scores": "[2, 1]"}])
+    assert load(tmp_path / "c.csv", "preference")[0] == [[U, G, B]]
 
 
 def test_files_without_rows_or_known_keys_say_what_is_expected(tmp_path):

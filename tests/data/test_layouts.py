@@ -15,7 +15,7 @@ import pytest
 
 from prepare_data import load_datasets
 from rlhf.data.layouts import ranks_in
-from rlhf.data.rows import BadRow, parse_transcript
+from rlhf.data.messages import BadRow, parse_transcript
 from rlhf.user_error import UserError
 from tests.conftest import ROOT
 
@@ -139,8 +139,8 @@ def test_earlier_turns_stay_in_the_prompt(tmp_path):
 
 def test_a_plain_text_is_imitated_without_a_prompt(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"text": "Once there was a gull."}, {"text": "And then there were two."})
-    assert load(path, "sft")[0][1] == [[], ["a: Once there was a gull."]]
-    with pytest.raises(UserError, match="prompt does not end with the user 2"):
+    assert load(path, "sft")[0][1] == [[], ["t: Once there was a gull."]], "a text is no turn"
+    with pytest.raises(UserError, match="a text serves sft alone 2"):
         load(path, "prompt")
     write(path, *({"text": f"Story {i}."} for i in range(100)))
     train, evals, _ = load_datasets(str(path), "sft", validation_split_percentage=20)
@@ -258,11 +258,16 @@ def test_threads_groups_and_pairs_of_real_trees_match_a_recursive_count():
     path = SHARED / "oasst_trees_en50" / "trees.jsonl.gz"
     counts = Counter()
 
+    def gone(node):
+        return node.get("deleted") or node.get("review_result") is False or node.get("synthetic")
+
+    def all_below(node):
+        return 1 + sum(map(all_below, node.get("replies") or []))
+
     def walk(node, best):
         """Counts prompts, groups and pairs below a node; returns the answers on best paths."""
-        replies = [
-            r for r in node.get("replies") or [] if not r.get("deleted") and r.get("review_result") is not False
-        ]
+        replies = [reply for reply in node.get("replies") or [] if not gone(reply)]
+        counts["out"] += sum(all_below(reply) for reply in node.get("replies") or [] if gone(reply))
         ranks = sorted(reply["rank"] for reply in replies if reply.get("rank") is not None)
         if node["role"] == "prompter":
             counts["prompts"] += 1
@@ -275,9 +280,12 @@ def test_threads_groups_and_pairs_of_real_trees_match_a_recursive_count():
         return best + sum(walk(reply, best) for reply in replies)
 
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        answers = sum(walk(json.loads(line)["prompt"], True) for line in file)
+        trees = [json.loads(line)["prompt"] for line in file]
+    counts["out"] += sum(all_below(tree) for tree in trees if gone(tree))
+    answers = sum(walk(tree, True) for tree in trees if not gone(tree))
     pairs, entry = load(path, "preference")
-    assert len(pairs) == counts["pairs"] and entry["dropped"] == {"more than 10 pairs of a prompt": counts["capped"]}
+    assert len(pairs) == counts["pairs"] and entry["dropped"].pop("more than 10 pairs of a prompt") == counts["capped"]
+    assert sum(entry["dropped"].values()) == counts["out"] + entry["dropped"].get("nothing for preference", 0) > 10
     assert len({str(pair[0]) for pair in pairs}) == counts["groups"]
     assert len(load(path, "prompt")[0]) == counts["prompts"]
     threads, _ = load(path, "sft")

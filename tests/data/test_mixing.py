@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 
-from prepare_data import load_datasets
+from prepare_data import describe, load_datasets
 from rlhf.data.loading import load_held_out
 from rlhf.data.mixing import earlier_with_same, scramble
 from rlhf.data.names import Name, parse_names
@@ -161,14 +161,86 @@ def test_a_smaller_evaluation_changes_no_training_row():
 
 
 def test_evaluation_sets_are_named_and_a_file_named_there_alone_is_used_whole():
-    write("a.jsonl", sums(0, 200))
+    write("mine/a.jsonl", sums(0, 200))
     write("my-held.out.jsonl", sums(500, 540))
     write("other/a.jsonl", sums(600, 630))
-    names = "my-held.out.jsonl,other/a.jsonl#10,a.jsonl"
-    train, evals, _ = load_datasets("a.jsonl", "sft", eval_dataset_names=names, validation_split_percentage=20)
-    assert list(evals) == ["my_held_out", "a_2", "a"]
-    assert (len(evals["my_held_out"]), len(evals["a_2"])) == (40, 10)
-    assert len(train) + len(evals["a"]) == 200
+    names = "my-held.out.jsonl,other/a.jsonl#10,mine/a.jsonl"
+    options = {"eval_dataset_names": names, "validation_split_percentage": 20}
+    train, evals, report = load_datasets("mine/a.jsonl", "sft", **options)
+    assert list(evals) == ["my_held_out", "other_a", "mine_a"] and list(report["datasets"]) == ["mine_a"]
+    assert {"other_a: other/a.jsonl", "mine_a: mine/a.jsonl"} <= set(report["notes"]), "the table says which is which"
+    assert (len(evals["my_held_out"]), len(evals["other_a"])) == (40, 10)
+    assert len(train) + len(evals["mine_a"]) == 200
+
+
+def test_a_validation_file_of_its_own_means_that_nothing_else_is_held_out():
+    write("a.jsonl", sums(0, 200))
+    write("b.jsonl", sums(300, 400))
+    write("validation.jsonl", sums(190, 210))
+    options = {"validation_split_percentage": 20}
+    train, evals, report = load_datasets("a.jsonl,b.jsonl", "sft", eval_dataset_names="validation.jsonl", **options)
+    assert len(train) == 290 and report["datasets"]["a"]["dropped"] == {"prompt is in an evaluation set": 10}
+    assert len(evals["validation"]) == 20 and any("nothing is held out" in note for note in report["notes"])
+    train, evals, report = load_datasets("a.jsonl,b.jsonl", "sft", eval_dataset_names="b.jsonl", **options)
+    assert len(train) + len(evals["b"]) == 300 and len(evals["b"]) > 10
+    assert not any("nothing is held out" in note for note in load_datasets("b.jsonl", "sft", **options)[2]["notes"])
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    paths = ["one/data/train.jsonl", "two/data/train.jsonl", "three/train.jsonl", "x/a-b.jsonl", "x/a_b.jsonl"]
+    for i, path in enumerate(paths):
+        write(path, sums(100 * i, 100 * i + 50))
+    _, evals, report = load_datasets(",".join(paths), "sft", validation_split_percentage=20)
+    labels = ["one_data_train", "two_data_train", "three_train"]
+    assert list(report["datasets"])[:3] == labels and len(set(report["datasets"])) == len(evals) == 5
+    table = describe(report)
+    assert all(f"{label}: {path}" in table for label, path in zip(labels, paths, strict=False))
+
+
+def test_a_set_that_an_earlier_one_contains_is_left_out_with_a_line():
+    write("a.jsonl", sums(0, 50))
+    write("b.jsonl", sums(10, 20))
+    train, _, report = load_datasets("a.jsonl,b.jsonl", "sft", validation_split_percentage=0)
+    assert len(train) == 50 and report["datasets"]["b"]["kept"] == 0
+    assert "b: left out, for sets named before have all its rows" in describe(report).splitlines()
+
+
+def test_the_most_pairs_of_a_prompt_are_a_flag():
+    write("a.jsonl", [{"prompt": "Rank?", "responses": [f"Answer {i}." for i in range(6)]}])
+    options = {"validation_split_percentage": 0}
+    assert len(load_datasets("a.jsonl", "preference", **options)[0]) == 10
+    rows, _, report = load_datasets("a.jsonl", "preference", max_pairs_per_prompt=3, **options)
+    assert len(rows) == 3 and report["datasets"]["a"]["dropped"] == {"more than 3 pairs of a prompt": 12}
+    with pytest.raises(UserError, match="--max_pairs_per_prompt is 0"):
+        load_datasets("a.jsonl", "preference", max_pairs_per_prompt=0)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": lambda folder: flip(folder / "rows.arrow"),
+    "half of the rows": lambda folder: os.truncate(folder / "rows.arrow", (folder / "rows.arrow").stat().st_size // 2),
+    "a flipped bit in the report": lambda folder: flip(folder / "report.json"),
+    "no report": lambda folder: (folder / "report.json").unlink(),
+    "an empty fingerprint": lambda folder: (folder / "fingerprint").write_text(""),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_rows_in_the_cache_are_made_anew_with_a_line(kind, capsys):
+    write("a.jsonl", sums(0, 50))
+    expected = load_datasets("a.jsonl", "sft")[0][:]
+    (folder,) = (path for path in Path("cache/rows").iterdir() if path.is_dir())
+    assert "damaged" not in capsys.readouterr().err
+    DAMAGE[kind](folder)
+    assert load_datasets("a.jsonl", "sft")[0][:] == expected
+    assert "a: its prepared rows are damaged and made anew" in capsys.readouterr().err
+    load_datasets("a.jsonl", "sft")
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_what_is_held_out_needs_nothing_to_train_on():
@@ -236,7 +308,8 @@ print(json.dumps([train[:], {name: rows[:] for name, rows in evals.items()}, rep
 def test_of_processes_that_start_together_one_prepares_and_none_fails(tmp_path):
     code = r"""
 import json, os, time, prepare_data
-from rlhf.data.rows import Demonstration, assistant, user
+from rlhf.data.messages import assistant, user
+from rlhf.data.rows import Demonstration
 
 def slow_rows(split, subset):
     with open("prepared_by", "a") as file:
