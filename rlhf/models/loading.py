@@ -31,11 +31,8 @@ from rlhf.models.adapters import (
     resolve_adapters,
 )
 from rlhf.models.rendering import install_template
+from rlhf.models.templates import UNUSED_BYTE
 from rlhf.user_error import UserError
-
-# A byte that UTF-8 never uses, as byte-level vocabularies (gpt2's) write it: no text has its token (but one with this
-# letter alone as a word, which then is read as padding is: nothing is masked by it).
-UNUSED_BYTE = "ÿ"
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:

@@ -25,9 +25,10 @@ from rlhf.models.loading import (
     resolve_model,
     trained_head,
 )
-from rlhf.models.rendering import encode_dialogue, shorten_prompt, token_ids
+from rlhf.models.rendering import encode_dialogue
 from rlhf.models.rollout import plain, read_scores
 from rlhf.models.shared_base import active_adapter, attach_adapter
+from rlhf.models.templates import Unrenderable, shorten_prompt, token_ids
 from rlhf.user_error import UserError
 
 # In a reward model's folder: the mean and standard deviation of its scores of held-out answers.
@@ -45,7 +46,7 @@ class RewardModel:
     """
 
     def __init__(self, model, head, tokenizer, name: str, adapter: str | None = None, differs: list[str] = ()):
-        self.model, self.head, self.tokenizer, self.adapter = model, head, tokenizer, adapter
+        self.model, self.head, self.tokenizer, self.name, self.adapter = model, head, tokenizer, name, adapter
         self.same_tokens = not differs
         self.max_length = max_positions(plain(model))
         path = Path(name) / STATISTICS
@@ -65,7 +66,10 @@ class RewardModel:
             completions: the answers' texts.
             ended: whether each answer ended by itself; one that did not has no EOS to be read.
         """
-        return self.score_tokens([self.encode(*row) for row in zip(prompts, completions, ended, strict=True)])
+        try:
+            return self.score_tokens([self.encode(*row) for row in zip(prompts, completions, ended, strict=True)])
+        except Unrenderable as reason:
+            raise UserError(f"the reward model {self.name} cannot read a prompt with its answer: {reason}") from reason
 
     def encode(self, prompt, completion: str, ended: bool) -> list[int]:
         """Tokens of prompt and answer, of which the prompt gives way where the model has too few positions."""
