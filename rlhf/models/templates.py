@@ -113,10 +113,11 @@ def _headers(tokenizer) -> tuple[str, str]:
     text = _apply(tokenizer, [*PROBE, {"role": "user", "content": second}])
     if first not in text or second not in text:
         raise Unrenderable("chat template: it leaves out what the user says")
-    before, between = text[: text.index(first)], text[: text.index(second)]
-    user = commonprefix([before[::-1], between[::-1]])[::-1]
+    answer, ended = PROBE[1]["content"], _apply(tokenizer, PROBE)
+    between, end = text.partition(answer)[2].partition(second)[0], ended.partition(answer)[2]
+    between, before = between[len(commonprefix([between, end])) :], text.partition(first)[0]
     closed, asked = (_apply(tokenizer, PROBE[:1], asks).partition(first)[2] for asks in (False, True))
-    return user, asked[len(commonprefix([closed, asked])) :]
+    return commonprefix([before[::-1], between[::-1]])[::-1], asked[len(commonprefix([closed, asked])) :]
 
 
 @lru_cache
@@ -126,7 +127,9 @@ def _patterns(tokenizer, template: str, eos_token: str, pad_token: str | None) -
     Cached by what decides it. `<think>` and the like, in a vocabulary but not special, are an answer's own words.
     """
     added, headers = tokenizer.added_tokens_decoder.values(), _headers(tokenizer)
-    control = [token.content for token in added if token.special or token.content.strip() in headers[0].split()]
+    control = [
+        token.content for token in added if token.special or token.content.strip() and token.content in headers[0]
+    ]
     control = sorted({*control, *tokenizer.all_special_tokens}, key=len, reverse=True)
     # "User:" is a word, unless it opens a line; a text that ends with the end of a turn was made for another program
     marks = [("(?m:^)" if mark.endswith(":") else "") + re.escape(mark) for h in headers if (mark := h.strip())]
