@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from peft.utils import load_peft_weights
 
-from rlhf.models.adapters import adapter_settings, base_revision
+from rlhf.models.adapters import base_revision, explain_load
 from rlhf.models.loading import (
     differing_tokens,
     load_reward_model,
@@ -173,11 +174,10 @@ def shares_base(adapter: str, base: str, model_args) -> bool:
     """Whether a reward adapter is a LoRA, with nothing beside its head, on the very model that the policy has."""
     policy_base, policy_adapter = resolve_model(model_args.model_name_or_path)
     revision = base_revision(policy_adapter) if policy_adapter else model_args.model_revision
-    config = adapter_settings(adapter)
+    with explain_load(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
     return (
         Path(base).resolve() == Path(policy_base).resolve()
         and base_revision(adapter) == revision
-        and config["peft_type"] == "LORA"
-        and set(config.get("modules_to_save") or ()) <= {"classifier", "score"}  # PEFT's own guesses of a head's name
-        and not config.get("trainable_token_indices")
+        and all(".lora_" in key or ".score." in key for key in weights)
     )

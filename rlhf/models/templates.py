@@ -6,6 +6,7 @@ name of one (HTML's <s>, an <|im_end|>), that is encoded as plain letters, so th
 that was rendered already is refused: it would be trained on as a turn within a turn.
 """
 
+import os
 import re
 import resource
 import signal
@@ -13,7 +14,6 @@ import threading
 from contextlib import contextmanager
 from functools import lru_cache
 from os.path import commonprefix
-from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
@@ -39,7 +39,7 @@ PROBE = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "cont
 UNUSED_BYTE = "ÿ"
 SECONDS, BYTES = 10, 2**32  # a template's, for one conversation; real ones take a millisecond and some kilobytes
 RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-STATM = Path("/proc/self/statm")
+STATM = "/proc/self/statm"
 
 
 class Unrenderable(Exception):
@@ -58,9 +58,11 @@ def bounds():
         return
     handler, timer = signal.signal(signal.SIGALRM, _too_slow), signal.setitimer(signal.ITIMER_REAL, SECONDS)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(STATM.read_text().split()[0]) * resource.getpagesize() + BYTES if STATM.exists() else soft
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(most, soft), hard))
+        if os.path.exists(STATM):
+            with open(STATM) as file:
+                most = int(file.read().split()[0]) * resource.getpagesize() + BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(most, soft), hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -127,12 +129,11 @@ def _patterns(tokenizer, template: str, eos_token: str, pad_token: str | None) -
     Cached by what decides it. `<think>` and the like, in a vocabulary but not special, are an answer's own words.
     """
     added, headers = tokenizer.added_tokens_decoder.values(), _headers(tokenizer)
-    control = [
-        token.content for token in added if token.special or token.content.strip() and token.content in headers[0]
-    ]
+    control = [t.content for t in added if t.special or t.content.strip() and t.content in headers[0]]
     control = sorted({*control, *tokenizer.all_special_tokens}, key=len, reverse=True)
     # "User:" is a word, unless it opens a line; a text that ends with the end of a turn was made for another program
-    marks = [("(?m:^)" if mark.endswith(":") else "") + re.escape(mark) for h in headers if (mark := h.strip())]
+    marks = [header.strip().split("\n")[0] for header in headers if header.strip()]
+    marks = [("(?m:^)" if mark.endswith(":") else "") + re.escape(mark) for mark in marks]
     marks.append(re.escape(eos_token) + r"\s*\Z")
     return re.compile("|".join(map(re.escape, control))), re.compile("|".join(marks))
 
