@@ -142,12 +142,10 @@ def check_loaded(peft_model, adapter: str, name: str = "default") -> None:
     stored = load_peft_weights(adapter, device="cpu")
     placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).keys()
     # embeddings that were resized are stored whole, and go to the base's own
-    wrappers, own = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save(\.\w+)?)\b"), {}
-    for key, value in peft_model.state_dict().items():
-        own.setdefault(wrappers.sub("", key), []).append(value)
+    own = {key.replace(f".{name}", ""): value for key, value in peft_model.state_dict().items()}
     for key in sorted(placed ^ stored.keys()):
-        at = own.get(wrappers.sub("", key), ())
-        if key in placed or not any(torch.equal(place.cpu(), stored[key].to(place.dtype)) for place in at):
+        at = own.get(key)
+        if key in placed or at is None or not torch.equal(at.cpu(), stored[key].to(at.dtype)):
             lacks = f"has no {key}" if key in placed else f"has {key}, which the base has not"
             raise UserError(f"the adapter {adapter} does not fit its base: it {lacks}")
 

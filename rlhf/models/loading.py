@@ -266,6 +266,7 @@ def trained_head(adapter: str) -> torch.Tensor:
     Raises:
         UserError: if it has none, or one of several labels.
     """
+    task_of(adapter)  # refuses what is neither
     with explain_load(adapter):
         weights = load_peft_weights(adapter, device="cpu")
     heads = [value for key, value in weights.items() if ".score." in key]
