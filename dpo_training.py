@@ -15,7 +15,8 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_preference, tokenize_all
+from rlhf.models.rendering import encode_preference
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
 from rlhf.runs.folder import begin, find_resume, finish, plan
 from rlhf.runs.log import say, watch

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import load_policy, load_tokenizer, max_positions
-from rlhf.models.rendering import encode_prompt, tokenize_all
+from rlhf.models.rendering import encode_prompt
 from rlhf.models.rewards import load_reward
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
-from rlhf.models.rendering import encode_preference, tokenize_all
+from rlhf.models.rendering import encode_preference
 from rlhf.models.rewards import store_statistics
 from rlhf.models.rollout import score
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
 from rlhf.runs.folder import begin, find_resume, finish, plan
 from rlhf.runs.log import say, watch

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from prepare_data import describe, load_datasets
 from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
 from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_demonstrations, tokenize_all
+from rlhf.models.rendering import encode_demonstrations
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
 from rlhf.runs.folder import begin, find_resume, finish, plan
 from rlhf.runs.log import say, watch

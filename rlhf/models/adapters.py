@@ -3,10 +3,11 @@
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -243,3 +244,35 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
             f"and {why}\n  leave --base_model_name out, or give a copy of that model"
         )
     return base
+
+
+def lora_config(model_args, task_type: str) -> LoraConfig:
+    return LoraConfig(
+        task_type=task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        bias="none",
+    )
+
+
+def check_continues(adapter, model_args):
+    """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
+    config = adapter_settings(adapter)
+    if not model_args.use_peft:
+        raise UserError(f"{adapter} is an adapter: merge it before training all weights,\n  {merge_command(adapter)}")
+    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
+    for f in fields(model_args):
+        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
+        if f.name in names and value != f.default and value != now:
+            raise UserError(
+                f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
+                "  leave the flag out, or merge the adapter first and train a new one on the result"
+            )

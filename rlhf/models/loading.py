@@ -5,8 +5,6 @@ LoRA directly on a base that is no adapter: a policy stage continues the adapter
 starts from its weights with a fresh head. So `base + adapter` is always the whole model, for any PEFT tool.
 """
 
-from dataclasses import fields
-
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -23,11 +21,12 @@ from trl import get_quantization_config
 
 from rlhf.models.adapters import (
     IF_THERE,
-    adapter_settings,
     base_revision,
+    check_continues,
     check_unchanged,
     explain_load,
     load_adapter,
+    lora_config,
     merge_command,
     resize_for,
     resolve_adapters,
@@ -136,38 +135,6 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     return model, info
 
 
-def lora_config(model_args, task_type: str) -> LoraConfig:
-    return LoraConfig(
-        task_type=task_type,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        target_parameters=model_args.lora_target_parameters,
-        modules_to_save=model_args.lora_modules_to_save,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        revision=None if model_args.model_revision == "main" else model_args.model_revision,
-        bias="none",
-    )
-
-
-def _check_continues(adapter, model_args):
-    """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
-    config = adapter_settings(adapter)
-    if not model_args.use_peft:
-        raise UserError(f"{adapter} is an adapter: merge it before training all weights,\n  {merge_command(adapter)}")
-    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
-    for f in fields(model_args):
-        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        if f.name in names and value != f.default and value != now:
-            raise UserError(
-                f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
-                "  leave the flag out, or merge the adapter first and train a new one on the result"
-            )
-
-
 def _load_policy_base(base, adapter, model_args, tokenizer):
     """A causal language model with all its weights, to put a policy's adapter on."""
     if adapter and task_of(adapter) != "CAUSAL_LM":
@@ -205,7 +172,7 @@ def load_policy(model_args, tokenizer, seed: int):
     set_seed(seed)
     base, adapter = resolve_model(model_args.model_name_or_path)
     if adapter:
-        _check_continues(adapter, model_args)
+        check_continues(adapter, model_args)
     model = _load_policy_base(base, adapter, model_args, tokenizer)
     if adapter is None:
         return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
@@ -243,7 +210,7 @@ def new_reward_model(model_args, tokenizer, seed: int):
         raise UserError(f"{base} does not fit a sequence classifier: {sorted(info['missing_keys'])[:3]} are missing")
     if adapter is None:
         return model, lora_config(model_args, "SEQ_CLS") if model_args.use_peft else None
-    _check_continues(adapter, model_args)
+    check_continues(adapter, model_args)
     if task_of(adapter) == "SEQ_CLS":
         return load_adapter(model, adapter, trainable=True), None
     config = LoraConfig.from_pretrained(adapter)

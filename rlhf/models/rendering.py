@@ -16,6 +16,7 @@ from rlhf.models.templates import (
     check_texts,
     render,
     shorten_prompt,
+    text_ids,
     token_ids,
 )
 from rlhf.user_error import UserError
@@ -128,7 +129,7 @@ def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
     tokenizer gives a text, which carries no loss.
     """
     check_texts(tokenizer, [{"role": "text", "content": text}])
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = [*text_ids(tokenizer, text), tokenizer.eos_token_id]
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     pieces = -(-len(ids) // (max_length - len(bos)))
     size = -(-len(ids) // pieces)
@@ -283,47 +284,3 @@ def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None,
 
 def told(dropped: dict[str, int]) -> str:
     return ", ".join(f"{reason} ({count})" for reason, count in Counter(dropped).most_common())
-
-
-def tokenize_all(train, evals: dict, data: dict, encode, tokenizer, *, max_bad_percentage, evaluate: bool, **options):
-    """Training rows and evaluation sets through an encoder; what was dropped enters the report of the mix, `data`.
-
-    Args:
-        max_bad_percentage: of a dataset's training rows; what loading found broken counts too.
-        evaluate: whether a set that no row is left of is a mistake; it is left out otherwise.
-    Raises:
-        UserError: if more rows cannot be rendered than that, or none of a set.
-    """
-    train, data["tokenized"] = tokenize(train, encode, tokenizer, "train", **options)
-    for label, entry in data["datasets"].items():
-        dropped = data["tokenized"]["dropped_of"].get(label, {})
-        bad = sum(count for reason, count in dropped.items() if reason != SAME)
-        if 100 * (bad / entry["kept"] + entry["bad"] / entry["read"]) > max_bad_percentage and bad:
-            raise UserError(
-                f"{label}: {bad:,} of {entry['kept']:,} rows cannot be rendered: {told(dropped)}\n{WHAT_TO_DO}, "
-                f"or let more than {max_bad_percentage:g} % of broken rows pass with --max_bad_percentage"
-            )
-        enter(entry, dropped)
-    total = sum(entry["kept"] for entry in data["datasets"].values())
-    for entry in data["datasets"].values():
-        entry["share"] = entry["kept"] / total
-    tokenized = {}
-    for label, rows in evals.items():
-        tokenized[label], counts = encode_rows(rows, encode, tokenizer, label, **options)
-        enter(data["evaluation"][label], counts["dropped"])
-        if counts["dropped"]:
-            data["notes"].append(f"eval_{label}: dropped: {told(counts['dropped'])}")
-        if not counts["kept"]:
-            if evaluate:
-                raise UserError(
-                    f"no held-out row of {label} can be evaluated on: {told(counts['dropped'])}\n{WHAT_TO_DO}, "
-                    "or train without evaluation: --eval_strategy no"
-                )
-            del tokenized[label]
-    return train, tokenized
-
-
-def enter(entry: dict, dropped: dict[str, int]) -> None:
-    """Move rows of a report's entry from those that were kept to those that were dropped."""
-    entry["kept"] -= sum(dropped.values())
-    entry["dropped"] = dict(Counter(entry["dropped"]) + Counter(dropped))

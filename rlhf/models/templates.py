@@ -162,11 +162,20 @@ def token_ids(tokenizer, messages: list[dict], add_generation_prompt: bool = Fal
     control, _ = patterns(tokenizer)
     if any(control.search(message["content"]) for message in messages):
         marked = render(tokenizer, mark_control_tokens(messages, control), add_generation_prompt)
-        try:
-            return encode_marked_chat(tokenizer, marked)
-        except ValueError as error:  # a vocabulary that makes the control token of its letters too
-            raise Unrenderable(f"control token in a text: {error}") from error
+        return _encode_marked(tokenizer, marked)
     return tokenizer(render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)["input_ids"]
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a plain text, none of them a control token."""
+    return _encode_marked(tokenizer, mark_control_tokens(text, patterns(tokenizer)[0]))
+
+
+def _encode_marked(tokenizer, marked: str) -> list[int]:
+    try:
+        return encode_marked_chat(tokenizer, marked)
+    except ValueError as error:  # a vocabulary that makes the control token of its letters too
+        raise Unrenderable(f"control token in a text: {error}") from error
 
 
 def adds_bos(tokenizer) -> bool:
