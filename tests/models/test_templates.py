@@ -1,13 +1,17 @@
 """Real templates and what they may do: `pytest tests/models/test_templates.py`."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 from datasets import Dataset
 from tokenizers import SentencePieceBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.models.loading import load_tokenizer, read_tokenizer
 from rlhf.models.rendering import (
@@ -20,9 +24,11 @@ from rlhf.models.rendering import (
 )
 from rlhf.models.templates import PLAIN_TEMPLATE, Unrenderable, render, token_ids
 from rlhf.models.tokenizing import tokenize_all
+from rlhf.runs.trainers import score_answers_only
 from rlhf.user_error import UserError
-from tests.conftest import SENTENCES
+from tests.conftest import SENTENCES, run_script
 
+QUICK = {"eval_strategy": "no", "eval_on_start": False}
 SHIPPED = Path(trl.__file__).parent / "chat_templates"
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -331,3 +337,93 @@ def test_a_whole_batch_of_refused_rows_does_not_confuse_the_columns(tokenizers):
     limits = LIMITS | {"max_bad_percentage": 100}
     train, _ = tokenize_all(rows, {}, report(rows), encode_demonstrations, tokenizers["gemma"], **limits)
     assert len(train) == 5 and render(tokenizers["gemma"], sound).startswith("<s>")
+
+
+def make_model(base, folder, template):
+    tokenizer = with_template(base, template)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "examples_a_row", "dropped"),
+    [
+        ("qwen3", lambda i: [user(f"Question {i}?"), assistant("Ho."), user("And?"), assistant(f"No {i}.")], 2, {}),
+        ("llama3", lambda i: [user(f"Question {i}?"), assistant("Ho."), user("And?"), assistant(f"No {i}.")], 1, {}),
+        ("gemma", lambda i: [assistant(f"Hello {i}."), user("And?"), assistant("Ho.")], 1, {}),
+        (
+            "gemma",
+            lambda i: [*[system("Be kind.")] * (i in (2, 3)), user(f"Question {i}?"), assistant("Ho.")],
+            1,
+            {"chat template: System role not supported": 2},
+        ),
+    ],
+)
+def test_to_trained_steps_with_the_tables_counts(base, tmp_path, capsys, template, rows, examples_a_row, dropped):
+    model = make_model(base, tmp_path / "base", template)
+    file = write(tmp_path / "rows.jsonl", [{"messages": rows(i)} for i in range(100)])
+    seen, collate = [], DataCollatorForLanguageModeling.__call__
+
+    def watched(self, examples, *args, **kwargs):
+        seen.extend(examples)
+        return collate(self, examples, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataCollatorForLanguageModeling, "__call__", watched)
+        out = run_script(
+            "sft_training", model_name_or_path=model, output_dir=str(tmp_path / "sft"), dataset_names=file
+        )
+    data = json.loads((Path(out) / "run.json").read_text())["data"]
+    entry, counts = data["datasets"]["rows"], data["tokenized"]
+    assert entry["dropped"] == dropped == counts["dropped"]
+    assert entry["kept"] == counts["kept"] == 100 - sum(dropped.values()) - sum(entry["set_aside"].values())
+    assert counts["examples"] == examples_a_row * counts["kept"]
+    assert re.search(rf"^rows +100 +{counts['kept']} ", capsys.readouterr().out, re.M)
+    tokenizer = load_tokenizer(out)
+    for example in seen:  # what the trainer was given: each answer with its end, and nothing else
+        said = trained(tokenizer, example)
+        for part in re.split(r"(?<=<\|im_end\|>)|(?<=<\|eot_id\|>)|(?<=<end_of_turn>)", said)[:-1]:
+            assert re.fullmatch(r"(<think>\n\n</think>\n\n)?(Ho\.|No \d+\.|Hello \d+\.)<.*>", part), said
+        assert "And?" not in said and "Question" not in said
+    assert len(seen) >= 8
+
+
+def test_dpo_scores_the_answers_and_not_the_user_between_them(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    pair = {
+        "prompt": [user("Hi")],
+        "chosen": [assistant("Ho."), user("And then?"), assistant("No.")],
+        "rejected": [assistant("Ha."), user("What?"), assistant("Not at all.")],
+    }
+    short = {"prompt": [user("Hi there")], "chosen": [assistant("Ho.")], "rejected": [assistant("Ha ha.")]}
+    rows = [encode_preference(row, tokenizer, 999) for row in (pair, short)]
+    batch = score_answers_only(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), rows)
+    pairs = zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    said = [tokenizer.decode(ids[mask == 1]) for ids, mask in pairs]
+    end = "<|endoftext|>"
+    assert said == [f" Ho.{end} No.{end}", f" Ho.{end}", f" Ha.{end} Not at all.{end}", f" Ha ha.{end}"]
+    file = write(tmp_path / "pairs.jsonl", [{**pair, "prompt": [user(f"Hi {i}")]} for i in range(40)])
+    flags = {"model_name_or_path": base, "dataset_names": file, **QUICK}
+    masks, collate = [], DataCollatorForPreference.torch_call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            DataCollatorForPreference, "torch_call", lambda self, rows: masks.extend(rows) or collate(self, rows)
+        )
+        run_script("dpo_training", output_dir=str(tmp_path / "dpo"), **flags)
+    assert masks and all(0 in row["chosen_mask"] and row["chosen_mask"][-1] for row in masks)
+    run_script("reward_modeling", output_dir=str(tmp_path / "reward"), **flags)
