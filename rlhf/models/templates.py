@@ -113,9 +113,9 @@ def _headers(tokenizer) -> tuple[str, str]:
     """What a template writes before a user's text and at the start of an answer."""
     first, second = PROBE[0]["content"], "And there?"
     text = _apply(tokenizer, [*PROBE, {"role": "user", "content": second}])
-    if first not in text or second not in text:
-        raise Unrenderable("chat template: it leaves out what the user says")
     answer, ended = PROBE[1]["content"], _apply(tokenizer, PROBE)
+    if not all(said in text for said in (first, answer, second)):
+        raise Unrenderable("chat template: it leaves out what is said")
     between, end = text.partition(answer)[2].partition(second)[0], ended.partition(answer)[2]
     between, before = between[len(commonprefix([between, end])) :], text.partition(first)[0]
     closed, asked = (_apply(tokenizer, PROBE[:1], asks).partition(first)[2] for asks in (False, True))

@@ -266,7 +266,7 @@ HOSTILE = {
     "maximum recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "division by zero": "{{ 1 / 0 }}",
     "Expected an expression": "{% if %}",
-    "leaves out what the user says": "{{ messages[-1].role + eos_token }}",
+    "leaves out what is said": "{{ messages[-1].role + eos_token }}",
 }
 
 
