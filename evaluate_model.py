@@ -136,7 +136,7 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
         able = [i for i, made in enumerate(answers[label]) if made]
         refused = ", ".join(f"{reason} ({count})" for reason, count in model.refused.most_common(3))
         if not able:
-            raise UserError(f"no prompt can be given to {name}: {refused}")
+            raise UserError(f"no prompt fits {name}: {refused or 'none can be rendered'}")
         if refused:
             print(f"{label}: prompts left out: {refused}")
         firsts = [answers[label][i][0] for i in able]
