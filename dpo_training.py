@@ -13,11 +13,10 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 `rewards/chosen` falls far below 0, the policy forgets the good answers too: lower the learning rate or raise `--beta`.
 """
 
-from functools import partial
-
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_preference, tokenize
+from rlhf.models.rendering import encode_preference
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
 from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
@@ -39,17 +38,19 @@ def main(script_args, training_args, model_args):
     policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, policy)
 
-    encode = partial(
-        tokenize,
-        encode=encode_preference,
-        tokenizer=tokenizer,
+    train, evals = tokenize_all(
+        train,
+        evals,
+        data,
+        encode_preference,
+        tokenizer,
+        max_bad_percentage=script_args.max_bad_percentage,
+        evaluate=training_args.eval_strategy != "no",
         num_proc=training_args.dataset_num_proc,
         max_length=training_args.max_length,
         max_prompt_length=script_args.max_prompt_length,
     )
-    train, data["tokenized"] = encode(train, name="train")
     say(describe(data))
-    evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = CheckedDPOTrainer(
         model=policy,

@@ -140,8 +140,11 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
         }
         answers[label] = answer(model, rows, folder / "answers", **sampling, **size)
         able = [i for i, made in enumerate(answers[label]) if made]
+        refused = ", ".join(f"{reason} ({count})" for reason, count in model.refused.most_common(3))
         if not able:
-            raise UserError(f"no prompt fits {name}: each is too long for its positions, or its template refuses it")
+            raise UserError(f"no prompt fits {name}: {refused or 'none can be rendered'}")
+        if refused:
+            print(f"{label}: prompts left out: {refused}")
         firsts = [answers[label][i][0] for i in able]
         found = measure(model, baseline, [rows[i] for i in able], firsts, args.temperature or 1.0, **size)
         found = dict(zip(able, found, strict=True))

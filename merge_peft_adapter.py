@@ -71,7 +71,13 @@ def merge(model):
     with model.disable_adapter():
         effect = (expected - probe_logits(model)).abs().max().item()
     # not safe_merge, which doubles memory to look for NaN: the logits would show it
-    model = model.merge_and_unload(adapter_names=model.active_adapters)
+    try:
+        model = model.merge_and_unload(adapter_names=model.active_adapters)
+    except RuntimeError as error:
+        if "bias" not in str(error):
+            raise
+        why = "the adapter has biases (lora_bias) where its base has none: no plain model can hold them"
+        raise UserError(f"{why}\n  use it with PEFT as it is, or train one without lora_bias") from error
     text_config, output = model.config.get_text_config(), model.get_output_embeddings()
     if output is not None and text_config.tie_word_embeddings:  # an adapter may have trained one of the two alone
         model.config.tie_word_embeddings = text_config.tie_word_embeddings = torch.equal(

@@ -14,12 +14,12 @@ high. Scores that rise with the KL running away mean that the reward model is be
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import load_policy, load_tokenizer, max_positions
-from rlhf.models.rendering import encode_prompt, tokenize
+from rlhf.models.rendering import encode_prompt
 from rlhf.models.rewards import load_reward
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
@@ -64,16 +64,18 @@ def main(script_args, training_args, model_args):
     room = positions - training_args.response_length
     if room < 8:
         raise UserError(f"--response_length {training_args.response_length} leaves no room for a prompt in the model")
-    encode = partial(
-        tokenize,
-        encode=encode_prompt,
-        tokenizer=tokenizer,
+    train, evals = tokenize_all(
+        train,
+        evals,
+        data,
+        encode_prompt,
+        tokenizer,
+        max_bad_percentage=script_args.max_bad_percentage,
+        evaluate=training_args.eval_strategy != "no",
         num_proc=training_args.dataset_num_proc,
         max_prompt_length=min(room, script_args.max_prompt_length or room),
     )
-    train, data["tokenized"] = encode(train, name="train")
     say(describe(data))
-    evals = {name: encode(rows, name=name)[0] for name, rows in evals.items()}
 
     trainer = checked(PPOTrainer)(
         model=policy,

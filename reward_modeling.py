@@ -12,13 +12,13 @@ Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human pr
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from prepare_data import describe, load_datasets
 from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
-from rlhf.models.rendering import encode_preference, tokenize
+from rlhf.models.rendering import encode_preference
 from rlhf.models.rewards import store_statistics
 from rlhf.models.rollout import score
+from rlhf.models.tokenizing import tokenize_all
 from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
 from rlhf.runs.folder import begin, find_resume
 from rlhf.runs.log import say, watch
@@ -55,20 +55,21 @@ def main(script_args, training_args, model_args):
     reward_model, peft_config = new_reward_model(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, reward_model)
 
-    encode = partial(
-        tokenize,
-        encode=encode_preference,
-        tokenizer=tokenizer,
+    train, evals = tokenize_all(
+        train,
+        evals,
+        data,
+        encode_preference,
+        tokenizer,
+        max_bad_percentage=script_args.max_bad_percentage,
+        evaluate=training_args.eval_strategy != "no",
         num_proc=training_args.dataset_num_proc,
         max_length=training_args.max_length,
         max_prompt_length=script_args.max_prompt_length,
     )
-    train, data["tokenized"] = encode(train, name="train")
     say(describe(data))
     train = train.map(join_prompt, remove_columns="prompt_ids")
-    evals = {
-        name: encode(rows, name=name)[0].map(join_prompt, remove_columns="prompt_ids") for name, rows in evals.items()
-    }
+    evals = {name: rows.map(join_prompt, remove_columns="prompt_ids") for name, rows in evals.items()}
 
     trainer = CheckedRewardTrainer(
         model=reward_model,

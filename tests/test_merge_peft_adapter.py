@@ -22,7 +22,14 @@ from transformers import (
 
 import merge_peft_adapter
 from merge_peft_adapter import main, make_parser
-from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
+from rlhf.models.loading import (
+    load_frozen_policy,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    new_reward_model,
+)
+from rlhf.runs.command_line import ModelArguments
 from rlhf.user_error import UserError
 from tests.conftest import make_tokenizer, run_script
 
@@ -204,6 +211,95 @@ def test_a_reward_adapter_on_a_policys_is_merged_with_its_head(base, tmp_path):
     merged = merge(adapter_model_name=second, output_name=tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(merged)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM", None])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_reward_adapter_is_one_by_its_tensors_whatever_its_label(base, tmp_path, task, named):
+    adapter, expected = foreign(base, tmp_path / "adapter", task="SEQ_CLS")
+    edit_json(Path(adapter) / "adapter_config.json", task_type=task, **({} if named else {"modules_to_save": None}))
+    tokenizer = load_tokenizer(adapter)
+    for load in (load_frozen_policy, lambda name, t: load_policy(ModelArguments(model_name_or_path=name), t, 0)):
+        with pytest.raises(UserError, match="is a reward model, not a policy"):
+            load(adapter, tokenizer)
+    torch.testing.assert_close(logits(load_reward_model(adapter)), expected, atol=1e-5, rtol=0)
+    continued, _ = new_reward_model(ModelArguments(model_name_or_path=adapter), tokenizer, 0)
+    torch.testing.assert_close(logits(continued), expected, atol=1e-5, rtol=0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    )
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+
+
+def test_a_policys_adapter_without_a_label_is_one(base, tmp_path):
+    adapter, expected = foreign(base, tmp_path / "adapter")
+    edit_json(Path(adapter) / "adapter_config.json", task_type=None)
+    torch.testing.assert_close(logits(load_frozen_policy(adapter, load_tokenizer(adapter))), expected)
+    merged = merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), expected, atol=1e-5, rtol=0)
+
+
+def add_stray(adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights["base_model.model.v_head.summary.weight"] = torch.zeros(1, 32)
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+
+def add_value_head(adapter):
+    heads = {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}
+    save_file(heads, adapter / "value_head.safetensors")
+
+
+def label(task):
+    return lambda adapter: edit_json(adapter / "adapter_config.json", task_type=task)
+
+
+def of_4_bit(adapter):
+    name_base(adapter, "unsloth/llama-3-8b-bnb-4bit")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "merging", "training"),
+    [
+        (add_stray, "it has base_model.model.v_head.summary.weight, which the base has not", None),
+        (add_value_head, "LLaMA-Factory's value head beside its LoRA, value_head.safetensors", None),
+        (label("FEATURE_EXTRACTION"), "is an adapter for FEATURE_EXTRACTION: neither", None),
+        (label("SEQ_CLS"), "has score.weight: the merged model's would be random", "is a reward model"),
+        (of_4_bit, "merge_peft_adapter.py .*--base_model_name=FULL_PRECISION_MODEL", None),
+    ],
+)
+def test_what_has_no_place_in_a_policy_is_named_in_every_script(base, tmp_path, spoil, merging, training):
+    adapter, _ = foreign(base, tmp_path / "adapter")
+    tokenizer = load_tokenizer(adapter)
+    spoil(Path(adapter))
+    with pytest.raises(UserError, match=merging):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    for load in (load_frozen_policy, lambda name, t: load_policy(ModelArguments(model_name_or_path=name), t, 0)):
+        with pytest.raises(UserError, match=training or merging):
+            load(adapter, tokenizer)
+    assert not (tmp_path / "merged").exists()
+    if spoil is of_4_bit:  # the base's own config is not here to compare the other's with
+        with pytest.raises(UserError, match="hf download unsloth/llama-3-8b-bnb-4bit config.json"):
+            merge(base_model_name=base, adapter_model_name=adapter, output_name=tmp_path / "merged")
+
+
+def test_added_tokens_are_merged_before_training_goes_on(base, tmp_path):
+    adapter, _ = foreign(base, tmp_path / "adapter", **KINDS["resized, embeddings saved"])
+    tokenizer = load_tokenizer(adapter)
+    for load in (load_policy, new_reward_model):
+        with pytest.raises(UserError, match=f"merge it first,\n  python merge_peft_adapter.py .*={adapter} "):
+            load(ModelArguments(model_name_or_path=adapter), tokenizer, 0)
+    merged = merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
+    assert load_policy(ModelArguments(model_name_or_path=str(merged)), load_tokenizer(str(merged)), 0)
+
+
+def test_biases_that_the_base_has_no_place_for_are_refused(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "base")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "base")
+    adapter, _ = foreign(tmp_path / "base", tmp_path / "adapter", lora_bias=True)
+    with pytest.raises(UserError, match="has biases .lora_bias. where its base has none"):
+        merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
 
 
 def test_a_sum_is_exact_for_rslora_too(base, tmp_path):

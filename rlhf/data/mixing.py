@@ -194,7 +194,8 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
 def account(rows: Part) -> dict:
     """What became of a part's rows: read + extra (rows beyond one for a raw row) == kept + set aside + dropped."""
     kept = {"kept": len(rows.index), "dropped": rows.dropped, "set_aside": rows.set_aside}
-    return kept | {name: rows.report[name] for name in ("read", "extra", "first", "unused", "fingerprint")}
+    names = ("read", "extra", "bad", "first", "unused", "fingerprint")
+    return kept | {name: rows.report[name] for name in names}
 
 
 def describe(report: dict) -> str:

@@ -7,6 +7,7 @@ from seed, prompt and sample alone: not from the batch, nor from what was interr
 import hashlib
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Contestant:
 
     def __init__(self, name: str, label: str, response_length: int, max_prompt_length: int | None, device="cpu"):
         self.name, self.label, self.response_length = name, label, response_length
+        self.refused = Counter()  # prompts that cannot be rendered, by reason
         self.tokenizer = load_tokenizer(name)
         self.policy = load_frozen_policy(name, self.tokenizer).to(device)
         self.stop_ids = stop_ids(self.policy, self.tokenizer)
@@ -64,7 +66,8 @@ class Contestant:
         """The prompt's tokens, shortened to leave room for the answer; None if it cannot be rendered."""
         try:
             return encode_prompt({"prompt": prompt}, self.tokenizer, max_prompt_length=self.room)["prompt_ids"]
-        except Unrenderable:
+        except Unrenderable as reason:
+            self.refused[str(reason)] += 1
             return None
 
     def sample(self, prompts: list[list[int]], noise, temperature: float) -> list[Answer]:

@@ -1,20 +1,27 @@
 """Adapter folders: what base they stand on, and loading them so that nothing is left out silently."""
 
 import json
+import re
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from rlhf.models.fingerprints import weights_sha256
 from rlhf.user_error import UserError
 
 IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+FULL_PRECISION = (
+    "merge the adapter into the model that it is a copy of,\n  python merge_peft_adapter.py "
+    "--adapter_model_name=ADAPTER --base_model_name=FULL_PRECISION_MODEL --output_name=MERGED"
+)
 # what a quantised copy's config may say otherwise than the model's own
 LOOSE = (
     "dtype",
@@ -40,6 +47,8 @@ def explain_load(name):
         lines = str(error).strip().split("\n")
         reason = next((line for line in lines if "mismatch" in line), lines[0])
         missing = "" if Path(name).exists() else "no such folder here, and not loadable from the hub\n  "
+        if missing and re.search("4-?bit|gptq|awq", name.lower()):
+            raise UserError(f"{name}, a quantised copy, is not here: {FULL_PRECISION}") from error
         raise UserError(f"cannot load a model from {name}: {missing}{reason.strip()[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -75,6 +84,36 @@ def adapter_settings(adapter: str) -> dict:
     return json.loads(Path(find_adapter_config_file(adapter)).read_text())
 
 
+def merge_command(adapter: str) -> str:
+    return f"python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
+
+
+def task_of(adapter: str) -> str:
+    """What an adapter is for, by its tensors: "SEQ_CLS" (a reward model: it holds a `score` head) or "CAUSAL_LM".
+
+    The label in its config is missing or wrong in many folders. Only where it says SEQ_CLS and the head is not there
+    is it believed, so that a reward model without its head is never taken for a policy.
+
+    Raises:
+        UserError: if it is for neither.
+    """
+    with explain_load(adapter):
+        label, weights = adapter_settings(adapter).get("task_type"), load_peft_weights(adapter, device="cpu")
+    if label not in (None, "", "CAUSAL_LM", "SEQ_CLS"):
+        raise UserError(f"{adapter} is an adapter for {label}: neither a policy nor a reward model")
+    for path in Path(adapter).glob("value_head.*"):  # our PPO's critic is named otherwise inside, and no .bin
+        with explain_load(adapter):
+            foreign = path.suffix != ".safetensors" or any(key.startswith("v_head.") for key in load_file(path))
+        if foreign:
+            raise UserError(
+                f"{adapter} has LLaMA-Factory's value head beside its LoRA, {path.name}: no plain model can hold it\n"
+                "  of a reward model it is the head: train one with reward_modeling.py instead\n"
+                "  of a PPO policy it is the critic, of no more use: remove the file"
+            )
+    has_head = any(key.removeprefix("base_model.model.").startswith("score.") for key in weights)
+    return "SEQ_CLS" if has_head or label == "SEQ_CLS" else "CAUSAL_LM"
+
+
 def base_revision(adapter: str) -> str:
     """The revision of the base that an adapter was trained on, as its config records it."""
     return adapter_settings(adapter).get("revision") or "main"
@@ -87,7 +126,7 @@ def load_adapter(model, adapter: str, trainable: bool = False, task: bool = True
     """
     with explain_load(adapter):
         config = PeftConfig.from_pretrained(adapter)
-        config.task_type = config.task_type if task else None
+        config.task_type = task_of(adapter) if task else None
         peft_model = PeftModel.from_pretrained(
             model,
             adapter,
@@ -101,16 +140,19 @@ def load_adapter(model, adapter: str, trainable: bool = False, task: bool = True
 
 def check_loaded(peft_model, adapter: str, name: str = "default") -> None:
     """PEFT itself only warns of weights that it did not find, and says nothing of those that it could not place."""
-    stored = load_peft_weights(adapter, device="cpu").keys()
+    stored = load_peft_weights(adapter, device="cpu")
     placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).keys()
-    for key in sorted(placed ^ stored):
-        if key in placed or ".lora_" in key:
+    # embeddings that were resized are stored whole, and go to the base's own
+    own = {key.replace(f".{name}", ""): value for key, value in peft_model.state_dict().items()}
+    for key in sorted(placed ^ stored.keys()):
+        at = own.get(key)
+        if key in placed or at is None or not torch.equal(at.cpu(), stored[key].to(at.dtype)):
             lacks = f"has no {key}" if key in placed else f"has {key}, which the base has not"
             raise UserError(f"the adapter {adapter} does not fit its base: it {lacks}")
 
 
-def resize_for(model, adapter: str) -> None:
-    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings."""
+def resize_for(model, adapter: str) -> int:
+    """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings; how many."""
     layers = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
     with explain_load(adapter):
@@ -121,6 +163,7 @@ def resize_for(model, adapter: str) -> None:
         }
     if rows and rows != {layers[0].weight.shape[0]}:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
+    return layers[0].weight.shape[0]
 
 
 def load_sum(model, adapters: list[str], weights: list[float]):
@@ -179,6 +222,11 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
     if resolve_adapters(base)[1]:
         raise UserError(f"--base_model_name {given} is an adapter itself: the base of {adapter} is {named}")
     config, trained = read_config(base), read_config(named)
+    if base != named and not trained and re.search("4-?bit|gptq|awq", named.lower()):
+        raise UserError(
+            f"{named}, the base of {adapter}, is not here to compare: its config.json is enough\n"
+            f"  hf download {named} config.json, and the same command again"
+        )
     if "quantization_config" in config:
         raise UserError(f"{base} is stored quantised: give the full-precision model with --base_model_name")
     if base == named or (named and Path(base).resolve() == Path(named).resolve()):
@@ -196,3 +244,35 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
             f"and {why}\n  leave --base_model_name out, or give a copy of that model"
         )
     return base
+
+
+def lora_config(model_args, task_type: str) -> LoraConfig:
+    return LoraConfig(
+        task_type=task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        revision=None if model_args.model_revision == "main" else model_args.model_revision,
+        bias="none",
+    )
+
+
+def check_continues(adapter, model_args):
+    """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
+    config = adapter_settings(adapter)
+    if not model_args.use_peft:
+        raise UserError(f"{adapter} is an adapter: merge it before training all weights,\n  {merge_command(adapter)}")
+    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
+    for f in fields(model_args):
+        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
+        if f.name in names and value != f.default and value != now:
+            raise UserError(
+                f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
+                "  leave the flag out, or merge the adapter first and train a new one on the result"
+            )

@@ -5,8 +5,6 @@ LoRA directly on a base that is no adapter: a policy stage continues the adapter
 starts from its weights with a fresh head. So `base + adapter` is always the whole model, for any PEFT tool.
 """
 
-from dataclasses import fields
-
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -23,19 +21,22 @@ from trl import get_quantization_config
 
 from rlhf.models.adapters import (
     IF_THERE,
-    adapter_settings,
     base_revision,
+    check_continues,
     check_unchanged,
     explain_load,
     load_adapter,
+    lora_config,
+    merge_command,
+    resize_for,
     resolve_adapters,
+    task_of,
 )
 from rlhf.models.rendering import install_template
+from rlhf.models.templates import UNUSED_BYTE
 from rlhf.user_error import UserError
 
-# A byte that UTF-8 never uses, as byte-level vocabularies (gpt2's) write it: no text has its token (but one with this
-# letter alone as a word, which then is read as padding is: nothing is masked by it).
-UNUSED_BYTE = "ÿ"
+HEADS = ("score", "classifier", "classification_head", "v_head", "qa_outputs")  # what a policy has not
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
@@ -43,8 +44,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     base, adapters = resolve_adapters(name)
     if len(adapters) > 1:
         raise UserError(
-            f"{name} is an adapter on the adapter {adapters[1]}: merge them first,\n"
-            f"  python merge_peft_adapter.py --adapter_model_name={name} --output_name={name.rstrip('/')}_merged"
+            f"{name} is an adapter on the adapter {adapters[1]}: merge them first,\n  {merge_command(name)}"
         )
     return base, adapters[0] if adapters else None
 
@@ -116,7 +116,12 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but {base} has embeddings for {rows}: not a pair")
+        pair = "not a pair"
+        if adapter and resize_for(model, adapter) > rows:
+            pair = f"the adapter brings its own, merge it first,\n  {merge_command(adapter)}"
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens but {base} has embeddings for {rows}: {pair}")
+    if auto_class is AutoModelForSequenceClassification and not hasattr(model, "score"):
+        raise UserError(f"{base} ({type(model).__name__}) has no `score` at its last token: it makes no reward model")
     set_special_tokens(model, tokenizer)
     # bitsandbytes would repack 4-bit weights at the first forward in eval mode, and training would lose its gradients
     for module in model.modules():
@@ -130,40 +135,32 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     return model, info
 
 
-def lora_config(model_args, task_type: str) -> LoraConfig:
-    return LoraConfig(
-        task_type=task_type,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        target_parameters=model_args.lora_target_parameters,
-        modules_to_save=model_args.lora_modules_to_save,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        revision=None if model_args.model_revision == "main" else model_args.model_revision,
-        bias="none",
-    )
+def _load_policy_base(base, adapter, model_args, tokenizer):
+    """A causal language model with all its weights, to put a policy's adapter on."""
+    if adapter and task_of(adapter) != "CAUSAL_LM":
+        raise UserError(f"{adapter} is a reward model, not a policy: give the SFT run's folder")
+    model, info = _load_base(AutoModelForCausalLM, base, adapter, model_args, tokenizer)
+    check_policy(model, info, base)
+    return model
 
 
-def _check_continues(adapter, model_args):
-    """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
-    config = adapter_settings(adapter)
-    if not model_args.use_peft:
-        raise UserError(
-            f"{adapter} is an adapter: merge it before training all weights,\n"
-            f"  python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
-        )
-    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
-    for f in fields(model_args):
-        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        if f.name in names and value != f.default and value != now:
-            raise UserError(
-                f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
-                "  leave the flag out, or merge the adapter first and train a new one on the result"
-            )
-    return config
+def check_policy(model, info, base: str) -> None:
+    """Refuse what only loads as a causal language model: a model with another head, or an encoder.
+
+    Raises:
+        UserError: saying which.
+    """
+    if heads := [key for key in info["unexpected_keys"] if key.split(".")[0] in HEADS]:
+        raise UserError(f"{base} is no policy: it has a head of its own, {heads[0]}")
+    if info["missing_keys"]:
+        raise UserError(f"{base} lacks weights of a causal language model: {sorted(info['missing_keys'])[:3]}")
+    if {module.is_causal for module in model.modules() if hasattr(module, "is_causal")} == {True}:
+        return
+    ids = torch.tensor([[1, 2, 1], [1, 2, 3]], device=model.device)
+    with torch.no_grad():  # what comes later must not be seen
+        first, other = model.eval()(ids).logits[:, :2]
+    if (first - other).abs().max() > 1e-3 * first.abs().max():
+        raise UserError(f"{base} ({type(model).__name__}) is an encoder, whose words see those that follow: no policy")
 
 
 def load_policy(model_args, tokenizer, seed: int):
@@ -174,11 +171,9 @@ def load_policy(model_args, tokenizer, seed: int):
     """
     set_seed(seed)
     base, adapter = resolve_model(model_args.model_name_or_path)
-    if adapter and _check_continues(adapter, model_args)["task_type"] != "CAUSAL_LM":
-        raise UserError(f"{adapter} is a reward model, not a policy: give the SFT run's folder")
-    model, info = _load_base(AutoModelForCausalLM, base, adapter, model_args, tokenizer)
-    if info["missing_keys"]:
-        raise UserError(f"{base} lacks weights of a causal language model: {sorted(info['missing_keys'])[:3]}")
+    if adapter:
+        check_continues(adapter, model_args)
+    model = _load_policy_base(base, adapter, model_args, tokenizer)
     if adapter is None:
         return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
     return load_adapter(model, adapter, trainable=True), None
@@ -194,7 +189,7 @@ def train_in_float32(model) -> None:
 def load_frozen_policy(name: str, tokenizer):
     """A policy to sample from or compare with: base and adapter where it has one, in eval mode, nothing trainable."""
     base, adapter = resolve_model(name)
-    model, _ = _load_base(AutoModelForCausalLM, base, adapter, None, tokenizer)
+    model = _load_policy_base(base, adapter, None, tokenizer)
     if adapter:
         model = load_adapter(model, adapter)
     return model.eval().requires_grad_(False)
@@ -215,7 +210,8 @@ def new_reward_model(model_args, tokenizer, seed: int):
         raise UserError(f"{base} does not fit a sequence classifier: {sorted(info['missing_keys'])[:3]} are missing")
     if adapter is None:
         return model, lora_config(model_args, "SEQ_CLS") if model_args.use_peft else None
-    if _check_continues(adapter, model_args)["task_type"] == "SEQ_CLS":
+    check_continues(adapter, model_args)
+    if task_of(adapter) == "SEQ_CLS":
         return load_adapter(model, adapter, trainable=True), None
     config = LoraConfig.from_pretrained(adapter)
     config.task_type, config.inference_mode = "SEQ_CLS", False
@@ -237,6 +233,7 @@ def trained_head(adapter: str) -> torch.Tensor:
     Raises:
         UserError: if it has none, or one of several labels.
     """
+    task_of(adapter)  # refuses what is neither
     with explain_load(adapter):
         weights = load_peft_weights(adapter, device="cpu")
     heads = [value for key, value in weights.items() if ".score." in key]
@@ -283,7 +280,7 @@ def load_reward_model(name: str, tokenizer=None, model_args=None):
 def load_merge_base(base: str, adapter: str, tokenizer):
     """The base to merge an adapter into: in float32, of the class that the adapter's task asks for."""
     auto_class, head, options = AutoModelForCausalLM, set(), {}
-    if adapter_settings(adapter)["task_type"] == "SEQ_CLS":
+    if task_of(adapter) == "SEQ_CLS":
         with explain_load(adapter):
             weights = load_peft_weights(adapter, device="cpu")
         labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
@@ -295,6 +292,8 @@ def load_merge_base(base: str, adapter: str, tokenizer):
         )
     if lacks := sorted(info["missing_keys"] - head):
         raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
+    if not options:
+        check_policy(model, info, base)
     set_special_tokens(model, tokenizer)
     return model
 

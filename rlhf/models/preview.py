@@ -2,10 +2,10 @@
 
 from itertools import groupby
 
-from rlhf.models.rendering import Unrenderable, encode_demonstration, encode_preference, encode_prompt, tokenize
+from rlhf.models.rendering import Unrenderable, encode_demonstrations, encode_preference, encode_prompt, tokenize
 from rlhf.user_error import visible
 
-ENCODERS = {"sft": encode_demonstration, "preference": encode_preference, "prompt": encode_prompt}
+ENCODERS = {"sft": encode_demonstrations, "preference": encode_preference, "prompt": encode_prompt}
 CONTEXT, LOSS, REJECTED, PLAIN = "\033[2m", "\033[32m", "\033[31m", "\033[0m"
 
 
@@ -17,26 +17,34 @@ def limits(task: str, max_length: int, max_prompt_length: int | None) -> dict:
 
 
 def show_row(row: dict, task: str, tokenizer, **limits) -> str:
-    """One row as it will be trained on: context dim, what carries loss (or is chosen) green, what is rejected red."""
-
-    def paint(colour, ids):
-        return f"{colour}{visible(tokenizer.decode(ids))}{PLAIN}" if ids else ""
-
+    """One row as it will be trained on, in each of its examples: context dim, what carries loss (or is chosen) green,
+    what is rejected red."""
     try:
         encoded = ENCODERS[task](row, tokenizer, **limits)
     except Unrenderable as reason:
         return f"--- {row['dataset']}, dropped: {reason}"
+    examples = encoded if isinstance(encoded, list) else [encoded]
+    return "\n".join(show_example(row, task, tokenizer, example) for example in examples)
+
+
+def show_example(row: dict, task: str, tokenizer, encoded: dict) -> str:
+    def paint(ids, mask, colour=LOSS):
+        runs = groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1]))
+        return "".join(
+            f"{colour if trained else CONTEXT}{visible(tokenizer.decode([i for i, _ in run]))}{PLAIN}"
+            for trained, run in runs
+        )
+
     if task == "sft":
-        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
-        runs = groupby(pairs, key=lambda pair: pair[1] != -100)
-        text = "".join(paint(LOSS if trained else CONTEXT, [i for i, _ in run]) for trained, run in runs)
-        size = f"{len(encoded['input_ids'])} tokens, {sum(label != -100 for label in encoded['labels'])} with loss"
+        mask = [label != -100 for label in encoded["labels"]]
+        text = paint(encoded["input_ids"], mask)
+        size = f"{len(mask)} tokens, {sum(mask)} with loss"
     else:
-        text = paint(CONTEXT, encoded["prompt_ids"])
+        text = paint(encoded["prompt_ids"], [0] * len(encoded["prompt_ids"]))
         size = f"{len(encoded['prompt_ids'])} tokens"
-        for side, colour in (("chosen_ids", LOSS), ("rejected_ids", REJECTED)) if task == "preference" else ():
-            text += f"\n{side.removesuffix('_ids')}:{paint(colour, encoded[side])}"
-            size += f" + {len(encoded[side])} {side.removesuffix('_ids')}"
+        for side, colour in (("chosen", LOSS), ("rejected", REJECTED)) if task == "preference" else ():
+            text += f"\n{side}:{paint(encoded[f'{side}_ids'], encoded[f'{side}_mask'], colour)}"
+            size += f" + {len(encoded[f'{side}_ids'])} {side}"
     return f"--- {row['dataset']}, {size}{', shortened to fit' if encoded['shortened'] else ''}\n{text}"
 
 
@@ -51,5 +59,8 @@ def measure(rows, task: str, tokenizer, **limits) -> tuple[dict, str]:
         lengths = numpy.percentile([len(ids) for ids in encoded[column]], at)
         lines.append(f"{column:<28}" + "".join(f"{length:>10.0f}" for length in lengths))
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
-    lines.append(f"{counts['kept']} rows can be trained on, {counts['shortened']} of them shortened to fit{dropped}")
+    examples = f" in {counts['examples']} examples" if counts["examples"] != counts["kept"] else ""
+    lines.append(
+        f"{counts['kept']} rows can be trained on{examples}, {counts['shortened']} of them shortened to fit{dropped}"
+    )
     return counts, "\n".join(lines)

@@ -1,4 +1,4 @@
-"""From messages to tokens: the chat template, which tokens carry the loss, and what happens when a row is too long.
+"""From messages to tokens: which tokens carry the loss, and what happens when a row is too long or cannot be rendered.
 
 One place for all stages, so that SFT, reward model, DPO and PPO see the same tokens for the same text. Two things hold
 by construction, and are checked on each row: tokens(prompt) is a prefix of tokens(prompt + answer), so that generation
@@ -8,35 +8,21 @@ learns to stop.
 
 from collections import Counter
 
+from rlhf.models.templates import (
+    PLAIN_TEMPLATE,
+    PROBE,
+    Unrenderable,
+    adds_bos,
+    check_texts,
+    render,
+    shorten_prompt,
+    text_ids,
+    token_ids,
+)
 from rlhf.user_error import UserError
 
-# For tokenizers without a template (gpt2, opt, pythia): plain-text markers, no new tokens. The marker before an answer
-# ends without a space and the answer starts with one, so that its first token is the one that would be generated. The
-# `{% generation %}` marks tell other libraries which tokens an assistant wrote.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{{ '### Assistant:' }}{% generation %}{{ ' ' + message['content'] | trim + eos_token }}{% endgeneration %}"
-    "{% elif message['role'] == 'system' %}{{ '### System: ' + message['content'] | trim }}"
-    "{% else %}{{ '### Human: ' + message['content'] | trim }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n### Assistant:' }}{% endif %}"
-)
-PROBE = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "content": "Not yet."}]
-
-
-class Unrenderable(Exception):
-    """A row that cannot be trained on; the message is the reason it is counted under."""
-
-
-def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def token_ids(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> list[int]:
-    # the template writes the BOS where the model wants one; the tokenizer must not add a second
-    return tokenizer(render(tokenizer, messages, add_generation_prompt), add_special_tokens=False)["input_ids"]
+WHAT_TO_DO = "  raise --max_length where rows are too long, else mend the rows; prepare_data.py --preview shows them"
+SAME = "chosen and rejected are the same tokens"  # speaks of a pair's annotators, not of a broken row
 
 
 def install_template(tokenizer) -> None:
@@ -45,17 +31,19 @@ def install_template(tokenizer) -> None:
     A model's own template is kept and checked for being trainable.
 
     Raises:
-        UserError: if the template does not end an answer with a special token, or if its prompt is not a prefix of
-            prompt + answer.
+        UserError: if the template refuses a question and its answer, does not end an answer with a special token, or
+            has a prompt that is not a prefix of prompt + answer.
     """
     if tokenizer.eos_token is None:
         raise UserError(
             "the tokenizer has no eos_token, so no answer could ever end; set one in tokenizer_config.json"
         )
     if tokenizer.chat_template is None:
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-    ids = tokenizer(render(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
+    try:
+        ids = tokenizer(render(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"]
+    except Unrenderable as error:
+        raise UserError(f"the tokenizer's template cannot be used: {error}") from error
     if ids[-1] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
         raise UserError(
             "the chat template does not end an answer with an end-of-turn token: the model would never learn to stop\n"
@@ -67,6 +55,10 @@ def install_template(tokenizer) -> None:
         encode_dialogue(tokenizer, PROBE[:1], PROBE[1:])
     except Unrenderable as error:
         raise UserError(f"the chat template cannot be trained on: {error}") from error
+
+
+class PromptChanges(Unrenderable):
+    """A template that writes what stands already otherwise when more follows."""
 
 
 def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tuple[list[int], list[int], list[int]]:
@@ -85,7 +77,7 @@ def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tu
             before = token_ids(tokenizer, messages, add_generation_prompt=True)
             after = token_ids(tokenizer, [*messages, message])
             if before[: len(ids)] != ids or after[: len(before)] != before:
-                raise Unrenderable("prompt's tokens change when the answer follows")
+                raise PromptChanges("prompt's tokens change when the answer follows")
             answer = after[len(before) :]
             if tokenizer.eos_token_id not in answer:
                 raise Unrenderable("answer does not end with the end-of-turn token")
@@ -96,42 +88,6 @@ def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tu
     if not labels:
         raise Unrenderable("no answer to learn from")
     return prompt_ids, ids[len(prompt_ids) :], labels
-
-
-def shorten_prompt(tokenizer, prompt: list[dict], max_tokens: int) -> list[dict]:
-    """The prompt within max_tokens: first without its oldest turns, then without the start of its last message.
-
-    The system message, the template's headers and the end of the question stay.
-
-    Raises:
-        Unrenderable: if not even an empty question would fit.
-    """
-
-    def fits(messages):
-        return len(token_ids(tokenizer, messages, add_generation_prompt=True)) <= max_tokens
-
-    if fits(prompt):
-        return prompt
-    system, turns = [m for m in prompt if m["role"] == "system"], [m for m in prompt if m["role"] != "system"]
-    if not turns:
-        raise Unrenderable("no room for the prompt beside the answer")
-    while len(turns) > 1:
-        turns = turns[1:]
-        while turns[0]["role"] == "assistant" and len(turns) > 1:  # a dialogue starts with the user
-            turns = turns[1:]
-        if fits(system + turns):
-            return system + turns
-    text = turns[0]["content"]
-    too_much, enough = 0, len(text)  # characters to cut: bisect for the fewest
-    while enough - too_much > 1:
-        middle = (too_much + enough) // 2
-        if fits([*system, {**turns[0], "content": text[middle:]}]):
-            enough = middle
-        else:
-            too_much = middle
-    if enough == len(text):
-        raise Unrenderable("no room for the prompt beside the answer")
-    return [*system, {**turns[0], "content": text[enough:]}]
 
 
 def _prompt_room(max_length, max_prompt_length, answer_length):
@@ -147,6 +103,7 @@ def encode_demonstration(row, tokenizer, max_length: int, max_prompt_length: int
     A dialogue that is too long ends after the last answer that fits whole.
     """
     prompt, completion = row["prompt"], row["completion"]
+    check_texts(tokenizer, prompt + completion)
     prompt_ids, completion_ids, labels = encode_dialogue(tokenizer, prompt, completion)
     answers = [i for i, m in enumerate(completion) if m["role"] == "assistant"]
     while len(completion_ids) + len(prompt_ids) > max_length and len(answers) > 1:
@@ -165,20 +122,75 @@ def encode_demonstration(row, tokenizer, max_length: int, max_prompt_length: int
     }
 
 
+def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
+    """SFT on a plain text, without a template: its tokens as they stand, and the EOS at its end.
+
+    What is longer than max_length comes in even pieces, so that nothing is left out. Each starts with the BOS that the
+    tokenizer gives a text, which carries no loss.
+    """
+    check_texts(tokenizer, [{"role": "text", "content": text}])
+    ids = [*text_ids(tokenizer, text), tokenizer.eos_token_id]
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    pieces = -(-len(ids) // (max_length - len(bos)))
+    size = -(-len(ids) // pieces)
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [{"input_ids": bos + part, "labels": [-100] * len(bos) + part, "shortened": False} for part in parts]
+
+
+def encode_demonstrations(row, tokenizer, **limits) -> list[dict]:
+    """The examples of one row of SFT: one, or the pieces of a long text, or as many as a dialogue has answers.
+
+    The last is for templates that write earlier turns otherwise when later ones follow (Qwen3's leaves out what was
+    thought): each answer follows its own prompt then, as it would at inference, and alone carries loss.
+
+    Raises:
+        Unrenderable: if there is none, with the first answer's reason.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    if completion[0]["role"] == "text":
+        return encode_text(completion[0]["content"], tokenizer, limits["max_length"])
+    answers = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+    try:
+        return [encode_demonstration(row, tokenizer, **limits)]
+    except PromptChanges:
+        if len(answers) == 1:
+            raise
+    examples, reasons = [], []
+    for i in answers:
+        one = {"prompt": prompt + completion[:i], "completion": completion[i : i + 1]}
+        try:
+            examples.append(encode_demonstration(one, tokenizer, **limits))
+        except Unrenderable as reason:
+            reasons.append(reason)
+    if not examples:
+        raise reasons[0]
+    return [example | {"shortened": example["shortened"] or bool(reasons)} for example in examples]
+
+
 def encode_preference(row, tokenizer, max_length: int, max_prompt_length: int | None = None) -> dict:
-    """Pairs: `prompt_ids`, and `chosen_ids` and `rejected_ids`, each an answer with its EOS."""
-    prompt_ids, chosen_ids, _ = encode_dialogue(tokenizer, row["prompt"], row["chosen"])
-    _, rejected_ids, _ = encode_dialogue(tokenizer, row["prompt"], row["rejected"])
+    """Pairs: `prompt_ids`, and `chosen_ids` and `rejected_ids`, which end with an answer and its EOS.
+
+    `chosen_mask` and `rejected_mask` are 1 on the answers' tokens and 0 on what the user says between them. The turns
+    that both sides share are the prompt's.
+    """
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    check_texts(tokenizer, prompt + chosen + rejected)
+    while len(chosen) > 2 and len(rejected) > 2 and chosen[:2] == rejected[:2]:
+        prompt, chosen, rejected = prompt + chosen[:2], chosen[2:], rejected[2:]
+    prompt_ids, chosen_ids, chosen_labels = encode_dialogue(tokenizer, prompt, chosen)
+    _, rejected_ids, rejected_labels = encode_dialogue(tokenizer, prompt, rejected)
     if chosen_ids == rejected_ids:
-        raise Unrenderable("chosen and rejected are the same tokens")
+        raise Unrenderable(SAME)
     room = _prompt_room(max_length, max_prompt_length, max(len(chosen_ids), len(rejected_ids)))
     shortened = len(prompt_ids) > room
     if shortened:
-        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, row["prompt"], room), add_generation_prompt=True)
+        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
     encoded = {
         "prompt_ids": prompt_ids,
         "chosen_ids": chosen_ids,
         "rejected_ids": rejected_ids,
+        "chosen_mask": [int(label != -100) for label in chosen_labels],
+        "rejected_mask": [int(label != -100) for label in rejected_labels],
         "shortened": shortened,
     }
     return encoded | ({"margin": float(row["margin"])} if row.get("margin") is not None else {})
@@ -186,61 +198,89 @@ def encode_preference(row, tokenizer, max_length: int, max_prompt_length: int | 
 
 def encode_prompt(row, tokenizer, max_prompt_length: int) -> dict:
     """PPO: `prompt_ids`, ready for the answer's first token, the `prompt` that they are, the data's `reference`."""
+    check_texts(tokenizer, row["prompt"])
     prompt = shorten_prompt(tokenizer, row["prompt"], max_prompt_length)
     return {
         "prompt_ids": token_ids(tokenizer, prompt, add_generation_prompt=True),
         "prompt": prompt,
         "reference": row.get("reference") or "",
-        "shortened": len(prompt) < len(row["prompt"]) or prompt[-1] != row["prompt"][-1],
+        "shortened": prompt != row["prompt"],
     }
 
 
-# What a dropped row leaves in the columns of its encoder.
-EMPTY = {
-    encode_demonstration: {"input_ids": [], "labels": []},
-    encode_preference: {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []},
-    encode_prompt: {"prompt_ids": [], "prompt": [], "reference": ""},
+# What stands for a dropped row in the columns of its encoder; of the right type, should a whole batch be dropped.
+DROPPED = {
+    **dict.fromkeys((encode_demonstration, encode_demonstrations), {"input_ids": [0], "labels": [0]}),
+    encode_preference: {
+        "prompt_ids": [0],
+        **dict.fromkeys(("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"), [0]),
+    },
+    encode_prompt: {"prompt_ids": [0], "prompt": PROBE[:1], "reference": ""},
 }
 
 
-def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
-    """A dataset's rows through one of the encoders; rows that cannot be trained on are dropped, and all is counted.
+def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
+    """A dataset's rows through one of the encoders: (the examples, what became of the rows).
 
-    Returns:
-        The tokenised dataset, and `{"kept": n, "shortened": n, "dropped": {reason: n}, "tokens": n,
-        "tokens_of": {dataset: n}}`.
-    Raises:
-        UserError: if no row is left.
+    Rows that cannot be trained on are dropped and counted: `{"kept": rows, "examples": n, "shortened": rows,
+    "dropped": {reason: rows}, "dropped_of": {dataset: {reason: rows}}, "tokens": n, "tokens_of": {dataset: n}}`.
     """
     from accelerate import PartialState
 
-    def encode_row(row):
+    def encode_row(row, place):
         try:
             encoded, problem = encode(row, tokenizer, **limits), ""
         except Unrenderable as reason:
-            encoded, problem = {**EMPTY[encode], "shortened": False}, str(reason)
-            if "margin" in row and encode is encode_preference:
+            encoded, problem = DROPPED[encode] | {"shortened": False}, str(reason)
+            if row.get("margin") is not None and encode is encode_preference:
                 encoded["margin"] = 0.0
-        size = sum(len(ids) for column, ids in encoded.items() if column.endswith("ids"))
-        return {**encoded, "problem": problem, "size": size, "source": row.get("dataset", name)}
+        for example in encoded if isinstance(encoded, list) else [encoded]:
+            size = sum(len(ids) for column, ids in example.items() if column.endswith("ids"))
+            yield example | {"problem": problem, "size": size, "source": row.get("dataset", name), "place": place}
 
+    def encode_batch(batch, places):
+        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        examples = [example for row, place in zip(rows, places, strict=True) for example in encode_row(row, place)]
+        return {column: [example[column] for example in examples] for column in examples[0]}
+
+    columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
     with PartialState().main_process_first():  # one process writes the cache, the others read it
-        encoded = dataset.map(
-            encode_row, remove_columns=dataset.column_names, num_proc=num_proc, desc=f"Tokenizing {name}"
-        )
-        dropped = Counter(problem for problem in encoded["problem"] if problem)
-        kept = encoded.filter(lambda problem: not problem, input_columns="problem") if dropped else encoded
-    if len(kept) == 0:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-        raise UserError(f"no row of {name} can be trained on: {reasons or 'it has none'}")
-    tokens_of = Counter()
-    for source, size in zip(kept["source"], kept["size"], strict=True):
-        tokens_of[source] += size
+        encoded = dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=columns, **options)
+        kept = encoded
+        if any(encoded["problem"]):
+            kept = encoded.filter(lambda problem: not problem, input_columns="problem")
+    dropped_of, tokens_of, places, shortened = {}, Counter(), set(), set()
+    about = (encoded[column] for column in ("problem", "source", "size", "place", "shortened"))
+    for problem, source, size, place, short in zip(*about, strict=True):
+        if problem:
+            dropped_of.setdefault(source, Counter())[problem] += 1
+        else:
+            tokens_of[source] += size
+            places.add(place)
+            shortened |= {place} if short else set()
     counts = {
-        "kept": len(kept),
-        "shortened": sum(kept["shortened"]),
-        "dropped": dict(dropped),
-        "tokens": sum(tokens_of.values()),
+        "kept": len(places),
+        "examples": len(kept),
+        "shortened": len(shortened),
+        "dropped": dict(sum(dropped_of.values(), Counter())),
+        "dropped_of": {source: dict(reasons) for source, reasons in dropped_of.items()},
+        "tokens": tokens_of.total(),
         "tokens_of": dict(tokens_of),
     }
-    return kept.remove_columns(["problem", "shortened", "size", "source"]), counts
+    return kept.remove_columns(["problem", "shortened", "size", "source", "place"]), counts
+
+
+def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
+    """`encode_rows` of rows that must not all be dropped.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    kept, counts = encode_rows(dataset, encode, tokenizer, name, num_proc, **limits)
+    if not counts["kept"]:
+        raise UserError(f"no row of {name} can be trained on: {told(counts['dropped'])}\n{WHAT_TO_DO}")
+    return kept, counts
+
+
+def told(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(dropped).most_common())

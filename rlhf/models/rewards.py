@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from peft.utils import load_peft_weights
 
-from rlhf.models.adapters import adapter_settings, base_revision
+from rlhf.models.adapters import base_revision, explain_load
 from rlhf.models.fingerprints import sha256_of, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import (
     differing_tokens,
@@ -27,9 +28,10 @@ from rlhf.models.loading import (
     resolve_model,
     trained_head,
 )
-from rlhf.models.rendering import encode_dialogue, shorten_prompt, token_ids
+from rlhf.models.rendering import encode_dialogue
 from rlhf.models.rollout import plain, read_scores
 from rlhf.models.shared_base import active_adapter, attach_adapter
+from rlhf.models.templates import Unrenderable, shorten_prompt, token_ids
 from rlhf.user_error import UserError
 
 # In a reward model's folder: the mean and standard deviation of its scores of held-out answers.
@@ -47,8 +49,8 @@ class RewardModel:
     """
 
     def __init__(self, model, head, tokenizer, name: str, adapter: str | None = None, differs: list[str] = ()):
-        self.model, self.head, self.tokenizer, self.adapter = model, head, tokenizer, adapter
-        self.name, self.same_tokens = name, not differs
+        self.model, self.head, self.tokenizer, self.name, self.adapter = model, head, tokenizer, name, adapter
+        self.same_tokens = not differs
         self.max_length = max_positions(plain(model))
         path = Path(name) / STATISTICS
         statistics = json.loads(path.read_text()) if path.exists() else {}
@@ -73,7 +75,10 @@ class RewardModel:
             completions: the answers' texts.
             ended: whether each answer ended by itself; one that did not has no EOS to be read.
         """
-        return self.score_tokens([self.encode(*row) for row in zip(prompts, completions, ended, strict=True)])
+        try:
+            return self.score_tokens([self.encode(*row) for row in zip(prompts, completions, ended, strict=True)])
+        except Unrenderable as reason:
+            raise UserError(f"the reward model {self.name} cannot read a prompt with its answer: {reason}") from reason
 
     def encode(self, prompt, completion: str, ended: bool) -> list[int]:
         """Tokens of prompt and answer, of which the prompt gives way where the model has too few positions."""
@@ -186,11 +191,10 @@ def shares_base(adapter: str, base: str, model_args) -> bool:
     """Whether a reward adapter is a LoRA, with nothing beside its head, on the very model that the policy has."""
     policy_base, policy_adapter = resolve_model(model_args.model_name_or_path)
     revision = base_revision(policy_adapter) if policy_adapter else model_args.model_revision
-    config = adapter_settings(adapter)
+    with explain_load(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
     return (
         Path(base).resolve() == Path(policy_base).resolve()
         and base_revision(adapter) == revision
-        and config["peft_type"] == "LORA"
-        and set(config.get("modules_to_save") or ()) <= {"classifier", "score"}  # PEFT's own guesses of a head's name
-        and not config.get("trainable_token_indices")
+        and all(".lora_" in key or ".score." in key for key in weights)
     )

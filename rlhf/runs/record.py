@@ -22,8 +22,10 @@ def plan(trainer, data) -> str:
     epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     work = getattr(trainer, "work", f"{epochs} of {batch} rows a step")
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
+    rows = f"{counts['kept']} rows"
+    rows += f" in {counts['examples']} examples" if counts["examples"] != counts["kept"] else ""
     return (
-        f"train: {counts['kept']} rows, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
+        f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
         f"plan: {work}, {trained:,} of {total:,} parameters trained,"
         f" lr {args.learning_rate:g}"
     )

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import torch
 from peft import PeftModel
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
@@ -26,16 +27,30 @@ class CheckedRewardTrainer(NamedEvaluation, checked(RewardTrainer)):
     pass
 
 
+def score_answers_only(collate, rows: list[dict]) -> dict:
+    """A batch of DPO's in which what the user says between answers does not count."""
+    batch = collate(rows)
+    sides = [(len(row["prompt_ids"]), row[side]) for side in ("chosen_mask", "rejected_mask") for row in rows]
+    for completion, (start, mask) in zip(batch["completion_mask"], sides, strict=True):
+        completion[start : start + len(mask)] = torch.tensor(mask)
+    return batch
+
+
 class CheckedDPOTrainer(NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.data_collator = partial(score_answers_only, self.data_collator)
         if isinstance(self.model, PeftModel):  # without TRL's frozen copy of the start, which a next run makes anew
             self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"])
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "chosen_mask", "rejected_mask"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

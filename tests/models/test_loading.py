@@ -4,12 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rlhf.models.loading import (
     load_frozen_policy,
@@ -22,6 +30,7 @@ from rlhf.models.loading import (
 )
 from rlhf.runs.command_line import ModelArguments
 from rlhf.user_error import UserError
+from tests.conftest import make_tokenizer
 
 
 def arguments(name, **kwargs):
@@ -91,6 +100,27 @@ def test_a_reward_model_of_another_template_is_refused(saved, copied):
 def test_a_reward_model_is_no_policy(saved):
     with pytest.raises(UserError, match="is a reward model"):
         load_policy(arguments(saved["reward"]), load_tokenizer(saved["sft"]), 0)
+
+
+def test_what_only_loads_as_a_policy_is_none(tmp_path):
+    """Encoders see the words that follow; a reward model has another head."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = {
+        "is an encoder": BertLMHeadModel(BertConfig(vocab_size=400, **shape)),
+        "a head of its own, score.weight": GPT2ForSequenceClassification(
+            GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, num_labels=1)
+        ),
+        None: BertLMHeadModel(BertConfig(vocab_size=400, is_decoder=True, **shape)),
+    }
+    for i, (says, model) in enumerate(made.items()):
+        make_tokenizer(tmp_path / str(i))
+        model.save_pretrained(tmp_path / str(i))
+        tokenizer = load_tokenizer(str(tmp_path / str(i)))
+        for load in (load_frozen_policy, lambda name, t: load_policy(arguments(name), t, 0)):
+            with pytest.raises(UserError, match=says) if says else nullcontext():
+                load(str(tmp_path / str(i)), tokenizer)
+    with pytest.raises(UserError, match="BertForSequenceClassification. has no `score`"):
+        new_reward_model(arguments(tmp_path / "0"), tokenizer, 0)
 
 
 @pytest.mark.parametrize(("flags", "says"), [({"lora_r": 4}, "--lora_r 4"), ({"use_peft": False}, "merge it before")])
