@@ -17,14 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.models.loading import load_policy, load_tokenizer, max_positions
-from rlhf.models.rendering import encode_prompt, tokenize
-from rlhf.models.rewards import load_reward
-from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.trainer import PPOTrainer
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
-from rlhf.runs.log import say, watch
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
 
@@ -38,12 +32,15 @@ class PPOScriptArguments(ScriptArguments):
         },
     )
 
-    def __post_init__(self):
-        if not self.reward_model_name_or_path:
-            raise UserError("--reward_model_name_or_path is missing: give the folder that reward_modeling.py wrote")
-
 
 def main(script_args, training_args, model_args):
+    from rlhf.models.loading import load_policy, load_tokenizer, max_positions
+    from rlhf.models.rendering import encode_prompt, tokenize
+    from rlhf.models.rewards import load_reward
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.runs.folder import begin, find_resume, finish, plan
+    from rlhf.runs.log import say, watch
+
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
@@ -98,7 +95,13 @@ def main(script_args, training_args, model_args):
 
 def make_parser():
     return StageParser(
-        (PPOScriptArguments, PPOConfig, ModelArguments), learning_rate=1e-5, logging_steps=1, eval_strategy="steps"
+        "ppo_training",
+        PPOScriptArguments,
+        "rlhf.ppo.config.PPOConfig",
+        partial(check_names, "prompt"),
+        learning_rate=1e-5,
+        logging_steps=1,
+        eval_strategy="steps",
     )
 
 

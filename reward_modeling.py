@@ -15,14 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
-from rlhf.models.rendering import encode_preference, tokenize
-from rlhf.models.rewards import store_statistics
-from rlhf.models.rollout import score
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
-from rlhf.runs.log import say, watch
-from rlhf.runs.trainers import CheckedRewardTrainer
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
 
@@ -40,6 +34,14 @@ def join_prompt(row):
 
 
 def main(script_args, training_args, model_args):
+    from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
+    from rlhf.models.rendering import encode_preference, tokenize
+    from rlhf.models.rewards import store_statistics
+    from rlhf.models.rollout import score
+    from rlhf.runs.folder import begin, find_resume, finish, plan
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.trainers import CheckedRewardTrainer
+
     checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
@@ -103,9 +105,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    from trl import RewardConfig
-
-    return StageParser((RewardScriptArguments, RewardConfig, ModelArguments), learning_rate=1e-4)
+    names = partial(check_names, "preference")
+    return StageParser("reward_modeling", RewardScriptArguments, "trl.RewardConfig", names, learning_rate=1e-4)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
-from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_demonstration, tokenize
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume, finish, plan
-from rlhf.runs.log import say, watch
-from rlhf.runs.trainers import CheckedSFTTrainer
-from rlhf.user_error import UserError
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 
 @dataclass
@@ -41,20 +35,16 @@ class SFTScriptArguments(ScriptArguments):
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},
     )
 
-    def __post_init__(self):
-        if min(self.generate_eval_samples, self.early_stopping_patience, self.generate_eval_length - 1) < 0:
-            raise UserError(
-                "--generate_eval_samples, its length and --early_stopping_patience are no negative numbers"
-            )
-
 
 def main(script_args, training_args, model_args):
-    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
-    if (training_args.packing or training_args.eval_packing) and "flash" not in (model_args.attn_implementation or ""):
-        raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
-    if script_args.early_stopping_patience and not training_args.metric_for_best_model:
-        raise UserError("--early_stopping_patience needs --metric_for_best_model, such as eval_rouge_avg")
+    from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
+    from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
+    from rlhf.models.rendering import encode_demonstration, tokenize
+    from rlhf.runs.folder import begin, find_resume, finish, plan
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.trainers import CheckedSFTTrainer
 
+    checkpoint = find_resume(training_args, script_args.overwrite_output_dir)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train, evals, data = load_datasets(
         script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
@@ -108,9 +98,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    from trl import SFTConfig
-
-    return StageParser((SFTScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
+    names = partial(check_names, "sft")
+    return StageParser("sft_training", SFTScriptArguments, "trl.SFTConfig", names, learning_rate=2e-4)
 
 
 if __name__ == "__main__":

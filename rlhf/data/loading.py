@@ -5,7 +5,7 @@ import dataclasses
 from rlhf.data.mixing import hold_out, mix
 from rlhf.data.names import Name, parse_names
 from rlhf.data.rows import SERVES, kind_for, kinds_of
-from rlhf.data.sources import DATASETS, Source, source_of
+from rlhf.data.sources import DATASETS, Source, on_hub, source_of
 from rlhf.user_error import UserError
 
 
@@ -86,6 +86,20 @@ def load_held_out(
         f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
     ]
     return evals, report
+
+
+def check_names(task: str, *names: str | None) -> None:
+    """What is wrong with --dataset_names and --eval_dataset_names as far as the hub need not be asked.
+
+    Raises:
+        UserError: for an unknown name, a missing or unreadable file, a dataset that does not serve the task.
+    """
+    for text in names:
+        if text is not None and not any(on_hub(name) for name in parse_names(text)):
+            resolve(text, task, {})
+        for name in parse_names(text) if text is not None else ():
+            if not on_hub(name):
+                source_of(name)
 
 
 def resolve(names: str, task: str, origins: dict[str, str]) -> tuple[list[tuple[Source, Name]], list[str]]:
