@@ -55,6 +55,7 @@ def main(script_args, training_args, model_args):
     encode = partial(
         tokenize,
         encode=encode_demonstration,
+        completion_only=training_args.completion_only_loss is not False,
         tokenizer=tokenizer,
         num_proc=training_args.dataset_num_proc,
         max_length=training_args.max_length,

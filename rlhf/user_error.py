@@ -1,6 +1,8 @@
 import argparse
 import os
+import re
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -14,6 +16,25 @@ def mistake(error: UserError) -> int:
     return 2
 
 
+def distance(a: str, b: str) -> int:
+    """Letters to change, add, leave out or swap with their neighbour (optimal string alignment)."""
+    before, last = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        row = [i]
+        for j, y in enumerate(b, start=1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]
+
+
+def nearest(name: str, known) -> str | None:
+    """The known name that this one is a likely typo of: a wrong guess is worse than none."""
+    near = min(known, key=lambda other: distance(name, other), default=None)
+    return near if near and distance(name, near) <= max(1, len(name) // 6) and len(name) > 2 else None
+
+
 class ToolParser(argparse.ArgumentParser):
     """argparse made strict: no abbreviations, and a mistake is a UserError."""
 
@@ -22,8 +43,16 @@ class ToolParser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        for name in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+            if name not in self._option_string_actions:
+                near = nearest(name, self._option_string_actions)
+                raise UserError(f"unknown flag {name[:60]}: " + (f"did you mean {near}?" if near else "see --help"))
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')[:250]}; --help lists all flags")
+        raise UserError(f"{message.removeprefix('argument ')[:250]}; see --help")
 
 
 def number(kind=int, least=0, most=float("inf")):
@@ -38,6 +67,26 @@ def number(kind=int, least=0, most=float("inf")):
 
     read.__name__ = kind.__name__  # in argparse's message
     return read
+
+
+def missing_path(name: str, value: str | None) -> None:
+    """Raises a UserError for what can only be a path, and is not there; a hub id has at most one slash."""
+    path = re.sub(r"(\.py):\w+$", r"\1", value or "")
+    if path.lower() in ("", "true", "false") or os.path.exists(os.path.expanduser(path)):
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(("/", ".py")) or "resume" in name:
+        raise UserError(f"--{name} {value[:150]}: there is no such file or folder")
+
+
+def check_folder(flag: str, folder) -> None:
+    """Raises a UserError where a folder could not be written; nothing is made."""
+    path = Path(folder).expanduser()
+    there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), Path("/"))
+    if not there.is_dir():
+        what = "is a file" if there == path else f"would lie in {there}, which is a file"
+        raise UserError(f"{flag} {str(folder)[:150]} {what}: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {str(folder)[:150]}: {there} cannot be written")
 
 
 def run_tool(main, make_parser) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from trl import get_quantization_config
 
@@ -130,7 +131,30 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     return model, info
 
 
-def lora_config(model_args, task_type: str) -> LoraConfig:
+def check_layers(model, model_args) -> None:
+    """Each layer that a LoRA flag names is in the model: PEFT passes over one that is not, if another is.
+
+    Raises:
+        UserError: with the names that there are.
+    """
+    able = (torch.nn.Linear, torch.nn.Embedding, Conv1D, torch.nn.Conv1d, torch.nn.Conv2d)
+    layers = [name for name, module in model.named_modules() if isinstance(module, able)]
+    saved = [name for name, module in model.named_modules() if list(module.parameters())]
+    weights = [name for name, _ in model.named_parameters()]
+    for flag, there in (
+        ("lora_target_modules", layers),
+        ("lora_modules_to_save", saved),
+        ("lora_target_parameters", weights),
+    ):
+        names = getattr(model_args, flag)
+        for wanted in names if isinstance(names, list) and names != ["all-linear"] else ():
+            if not any(f".{name}".endswith(f".{wanted}") for name in there):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in there if name[-1:].isalpha()}))
+                raise UserError(f"--{flag} {wanted}: the model has no such one\n  it has {known[:220]}")
+
+
+def lora_config(model, model_args, task_type: str) -> LoraConfig:
+    check_layers(model, model_args)
     return LoraConfig(
         task_type=task_type,
         r=model_args.lora_r,
@@ -156,9 +180,12 @@ def _check_continues(adapter, model_args):
         )
     names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
     names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
+    names |= {"lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters"}
     for f in fields(model_args):
         value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        if f.name in names and value != f.default and value != now:
+        default = "all-linear" if f.name == "lora_target_modules" else f.default
+        same = set(value) == set(now or ()) if isinstance(value, list) else value == now
+        if f.name in names and value != default and not same:
             raise UserError(
                 f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
                 "  leave the flag out, or merge the adapter first and train a new one on the result"
@@ -180,7 +207,7 @@ def load_policy(model_args, tokenizer, seed: int):
     if info["missing_keys"]:
         raise UserError(f"{base} lacks weights of a causal language model: {sorted(info['missing_keys'])[:3]}")
     if adapter is None:
-        return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
+        return model, lora_config(model, model_args, "CAUSAL_LM") if model_args.use_peft else None
     return load_adapter(model, adapter, trainable=True), None
 
 
@@ -214,7 +241,7 @@ def new_reward_model(model_args, tokenizer, seed: int):
     if not set(info["missing_keys"]) <= {"score.weight"}:
         raise UserError(f"{base} does not fit a sequence classifier: {sorted(info['missing_keys'])[:3]} are missing")
     if adapter is None:
-        return model, lora_config(model_args, "SEQ_CLS") if model_args.use_peft else None
+        return model, lora_config(model, model_args, "SEQ_CLS") if model_args.use_peft else None
     if _check_continues(adapter, model_args)["task_type"] == "SEQ_CLS":
         return load_adapter(model, adapter, trainable=True), None
     config = LoraConfig.from_pretrained(adapter)

@@ -9,28 +9,9 @@ from pathlib import Path
 
 from rlhf.runs import flags as table
 from rlhf.runs.renamed import NO_SUCH, RENAMED
-from rlhf.user_error import UserError
+from rlhf.user_error import UserError, check_folder, missing_path, nearest
 
 YES, NO = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
-
-
-def distance(a: str, b: str) -> int:
-    """Letters to change, add, leave out or swap with their neighbour (optimal string alignment)."""
-    before, last = [], list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        row = [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
-                row[j] = min(row[j], before[j - 2] + 1)
-        before, last = last, row
-    return last[-1]
-
-
-def nearest(name: str, known) -> str | None:
-    """The known name that this one is a likely typo of: a wrong guess is worse than none."""
-    near = min(known, key=lambda other: distance(name, other), default=None)
-    return near if near and distance(name, near) <= max(1, len(name) // 6) and len(name) > 2 else None
 
 
 def unknown(name: str, flags: dict, others: dict) -> str:
@@ -76,7 +57,7 @@ def convert(flag: dict, given, where: str):
         texts = [part for text in texts for part in text.split(",") if part]
     if kind == "bool" and not texts:
         return True
-    if not texts or "" in texts:
+    if not texts or ("" in texts and kind != "str"):
         raise UserError(f"{where}: expected a value")
     if len(texts) > 1 and not many:
         raise UserError(f"{where}: expected one value, not {len(texts)}: {' '.join(texts)[:80]}")
@@ -120,9 +101,9 @@ def in_range(name: str, value: float, where: str) -> None:
     ends = "[1, inf)" if name == "max_steps" else table.RANGE_OF.get(name, "(-inf, inf)")
     low, high = (float(end) for end in ends[1:-1].split(", "))
     if not (low <= value <= high) or (value == low and ends[0] == "(") or (value == high and ends[-1] == ")"):
-        low_text = f"{low:g} or more" if ends[0] == "[" else f"more than {low:g}"
-        high_text = "" if high == math.inf else f", {'up to' if ends[-1] == ']' else 'below'} {high:.10g}"
-        raise UserError(f"{where} {value:g}: give {low_text}{high_text}")
+        least = f"at least {low:g}" if ends[0] == "[" else f"above {low:g}"
+        most = "" if high == math.inf else f" and {'at most' if ends[-1] == ']' else 'below'} {high:.10g}"
+        raise UserError(f"{where} must be {least}{most}, not {value:.10g}")
     if name in table.SHARES and value > 1 and value != int(value):
         raise UserError(f"{where} {value:g}: below 1 it is a share of all steps, from 1 on it is whole")
 
@@ -199,9 +180,11 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
     if values.get("eval_on_start") and not evaluates:
         yield "--eval_on_start with --eval_strategy no: leave one out"
     if now["load_in_4bit"] and now["load_in_8bit"]:
-        yield "--load_in_4bit and --load_in_8bit: weights are in 8 bit or in 4 bit; leave one out"
+        yield "--load_in_4bit and --load_in_8bit: weights in 8 bit and 4 bit at once; leave one out"
     if (now["load_in_4bit"] or now["load_in_8bit"]) and not now["use_peft"]:
         yield "--no_use_peft: quantised weights cannot be trained; leave out --load_in_4bit or --load_in_8bit"
+    if now["lora_target_parameters"] and (now["lora_dropout"] or now["use_dora"]):
+        yield "--lora_target_parameters: PEFT's LoRA on parameters needs --lora_dropout 0, and no --use_dora"
     if now["bf16"] and now["fp16"]:
         yield "--bf16 and --fp16: leave one out"
     if now["optim_target_modules"] and not re.match("galore|apollo", now["optim"]):
@@ -241,6 +224,8 @@ def _stage(script: str, now: dict, values: dict):
             yield f"--f_divergence_type {now['f_divergence_type']} fits --loss_type {', '.join(table.OF_DIFFERENCE)}"
         if now["use_weighting"] and {"aot", "aot_unpaired"} & set(losses):
             yield "--use_weighting does not fit --loss_type aot, which sorts the pairs"
+        if "lm_head" in _list(now["lora_target_modules"]):
+            yield "--lora_target_modules lm_head: TRL's DPO reads the head's weights past a LoRA on it"
         if now["sync_ref_model"] and (now["use_peft"] or now["precompute_ref_log_probs"]):
             yield "--sync_ref_model needs --no_use_peft, and no --precompute_ref_log_probs"
     if script == table.PPO:
@@ -253,23 +238,3 @@ def _stage(script: str, now: dict, values: dict):
             yield "--target_kl leaves out steps, which fp16's loss scaling does not allow: --fp16 false"
         if "total_episodes" in values and "max_steps" in values:
             yield "--total_episodes and --max_steps both say when to stop: leave one out"
-
-
-def missing_path(name: str, value: str | None) -> None:
-    """Raises a UserError for what can only be a path, and is not there; a hub id has at most one slash."""
-    path = re.sub(r"(\.py):\w+$", r"\1", value or "")
-    if path.lower() in ("", "true", "false") or os.path.exists(os.path.expanduser(path)):
-        return
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(("/", ".py")) or "resume" in name:
-        raise UserError(f"--{name} {value[:150]}: there is no such file or folder")
-
-
-def check_folder(flag: str, folder) -> None:
-    """Raises a UserError where a folder could not be written; nothing is made."""
-    path = Path(folder).expanduser()
-    there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), Path("/"))
-    if not there.is_dir():
-        what = "is a file" if there == path else f"would lie in {there}, which is a file"
-        raise UserError(f"{flag} {str(folder)[:150]} {what}: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {str(folder)[:150]}: {there} cannot be written")

@@ -48,7 +48,8 @@ def describe(dataclass_type) -> dict[str, dict]:
             "aliases": spelt[1:],
             "help": " ".join((action.help or "").split()),
         }
-        found[spelt[0]] = {key: value for key, value in about.items() if value is not None and value is not False and value != []}
+        said = {key: value for key, value in about.items() if value is not None and value is not False}
+        found[spelt[0]] = {key: value for key, value in said.items() if value != []}
     return found
 
 

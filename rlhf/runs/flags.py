@@ -45,6 +45,8 @@ _ROWS = "rows are read and tokenised before the trainer sees them; leave it out"
 _LOADS = "the script loads the model: see --dtype, --attn_implementation and --model_revision"
 _DOES = "this script trains, and evaluates unless --eval_strategy no; evaluate_model.py evaluates alone"
 _NO_LABELS = "pairs have no labels to smooth"
+_UNFIT = "does not fit PPO: "
+_SHAPES = f"{_UNFIT}no two batches have the same shape; leave it out"
 
 # Flags that would do nothing here, or harm: refused with a value that is not their default, with the reason.
 REFUSED = {
@@ -52,7 +54,7 @@ REFUSED = {
     "eos_token": {ALL: _KEEPS},
     "pad_token": {ALL: _KEEPS},
     "assistant_only_loss": {ALL: "the loss lies on the assistant's turns of the completion already; leave it out"},
-    "auto_find_batch_size": {(PPO,): "lower --per_device_train_batch_size instead"},
+    "auto_find_batch_size": {(PPO,): f"{_UNFIT}lower --per_device_train_batch_size instead"},
     "batch_eval_metrics": {ALL: _LOSS},
     "dataset_kwargs": {ALL: _ROWS},
     "dataset_text_field": {ALL: f"a file's columns are found by their names (README: Data); {_ROWS}"},
@@ -68,25 +70,25 @@ REFUSED = {
     "label_smoothing_factor": {
         (REWARD,): f"{_NO_LABELS}; --use_margin and --center_rewards_coefficient are what rewards have",
         (DPO,): f"{_NO_LABELS}; --loss_type robust --label_smoothing 0.1 says that a tenth of the pairs are wrong",
-        (PPO,): "there are no labels",
+        (PPO,): f"{_UNFIT}there are no labels",
     },
     "length_column_name": {ALL: "lengths are counted from the tokens; leave it out"},
     "local_rank": {ALL: "torchrun and accelerate launch tell it by the environment; leave it out"},
-    "logging_first_step": {(PPO,): "see --logging_steps, which counts updates"},
+    "logging_first_step": {(PPO,): f"{_UNFIT}see --logging_steps, which counts updates"},
     "lora_task_type": {ALL: "each script knows its own; leave it out"},
     "model_init_kwargs": {ALL: _LOADS},
     "neftune_noise_alpha": {
         (DPO,): "its noise would make policy and reference differ from the start; leave it out",
-        (PPO,): "noise would make the policy differ from the one that answered; leave it out",
+        (PPO,): f"{_UNFIT}noise would make the policy differ from the one that answered; leave it out",
     },
     "padding_free": {(DPO,): "TRL's DPO pads all the same; leave it out"},
     "parallelism_config": {ALL: "accelerate's own file says it: accelerate launch --config_file"},
     "prediction_loss_only": {ALL: _LOSS},
     "remove_unused_columns": {ALL: "the rows have no unused columns; leave it out"},
     "shuffle_dataset": {ALL: "rows are mixed and shuffled already, by --seed; leave it out"},
-    "torch_compile": {(PPO,): "no two batches have the same shape; leave it out"},
-    "torch_compile_backend": {(PPO,): "no two batches have the same shape; leave it out"},
-    "torch_compile_mode": {(PPO,): "no two batches have the same shape; leave it out"},
+    "torch_compile": {(PPO,): _SHAPES},
+    "torch_compile_backend": {(PPO,): _SHAPES},
+    "torch_compile_mode": {(PPO,): _SHAPES},
     "train_sampling_strategy": {(PPO,): "each update draws its prompts at random; leave it out"},
     "truncation_mode": {ALL: "the prompt's oldest turns go first, never the answer: see --max_prompt_length"},
     "trust_remote_code": {ALL: "code of a model's folder is never run here; give a model that transformers knows"},
@@ -119,6 +121,8 @@ SHARES = ("eval_steps", "logging_steps", "save_steps", "warmup_steps")  # below 
 
 CHOICES = {  # where the libraries' parsers know none
     "f_divergence_type": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+    "report_to": "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab"
+    " tensorboard trackio wandb".split(),
     "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
 }
 DPO_LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
@@ -151,7 +155,7 @@ NEEDS = {
     "fsdp_config": ("fsdp", ()),
     **dict.fromkeys(
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora"
-        " use_dora value_adapter".split(),
+        " use_dora".split(),
         ("use_peft", ()),
     ),
 }

@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 from peft import PeftModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from rlhf.runs.named_evaluation import NamedEvaluation
@@ -15,11 +16,25 @@ class CheckedSFTTrainer(NamedEvaluation, SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class CheckedRewardTrainer(NamedEvaluation, RewardTrainer):
+class PairLengths:
+    """--train_sampling_strategy group_by_length for pairs, which have no `input_ids` to measure."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [
+            len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
+        ]
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=lengths)
+
+
+class CheckedRewardTrainer(PairLengths, NamedEvaluation, RewardTrainer):
     pass
 
 
-class CheckedDPOTrainer(NamedEvaluation, DPOTrainer):
+class CheckedDPOTrainer(PairLengths, NamedEvaluation, DPOTrainer):
     checked = False
 
     def __init__(self, *args, **kwargs):
