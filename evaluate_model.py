@@ -32,38 +32,14 @@ def make_parser() -> ToolParser:
     add("--dataset_names", help="evaluate on what training on these names holds out: uc, hh@helpful-base, file.jsonl")
     add("--eval_dataset_names", help="the same, but a file is taken whole")
     add("--output_dir", required=True, help="folder of the report and of the answers so far")
-    add(
-        "--best_of",
-        type=whole,
-        default=1,
-        metavar="N",
-        help="also take N samples a prompt and pick the judge's best",
-    )
+    add("--best_of", type=whole, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
     add("--response_length", type=whole, default=128, help="longest answer in tokens (128)")
-    add(
-        "--temperature",
-        type=number(float, 0, 100),
-        default=1.0,
-        help="of the sampling; 0 takes the likeliest token (1)",
-    )
-    add(
-        "--max_prompt_length",
-        type=whole,
-        help="longest prompt in tokens; longer ones lose their oldest turns first",
-    )
+    likeliest = "of the sampling; 0 takes the likeliest token (1)"
+    add("--temperature", type=number(float, 0, 100), default=1.0, help=likeliest)
+    add("--max_prompt_length", type=whole, help="longest prompt in tokens; longer ones lose their oldest turns first")
     add("--max_eval_samples", type=whole, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
-    add(
-        "--validation_split_percentage",
-        type=number(float, 0, 100),
-        default=5.0,
-        help="as in training: prompts held out (5)",
-    )
-    add(
-        "--max_bad_percentage",
-        type=number(float, 0, 100),
-        default=5.0,
-        help="stop above this share of broken rows (5)",
-    )
+    add("--validation_split_percentage", type=percent, default=5.0, help="as in training: prompts held out (5)")
+    add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--per_device_eval_batch_size", type=whole, default=32, help="rows at a time (32)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides the sampling (42)")
     return parser

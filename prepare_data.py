@@ -267,28 +267,22 @@ def show_with_model(train, report: dict, args):
 
 def make_parser() -> ToolParser:
     parser, whole, percent = ToolParser(__doc__), number(int, 1), number(float, 0, 100)
-    parser.add_argument("--list", action="store_true", help="list the datasets that have a short name")
-    parser.add_argument("--dataset_names", help="uc, hh@helpful-base, uc:0.1, ufb#20000, file.jsonl.gz, owner/name")
-    parser.add_argument("--eval_dataset_names", help="evaluate on these instead of on each set's own test rows")
-    parser.add_argument("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
-    parser.add_argument("--count", action="store_true", help="print rows read, kept and dropped (the default)")
-    parser.add_argument("--preview", type=number(), default=0, metavar="N", help="print the first N rows")
-    parser.add_argument("--model_name_or_path", help="count tokens, and show rows as this model will see them")
-    parser.add_argument(
-        "--max_length", type=number(int, 2), default=1024, help="longest row in tokens, with a model (1024)"
-    )
-    parser.add_argument("--max_prompt_length", type=whole, help="longest prompt in tokens, with a model")
-    parser.add_argument("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the rows in it")
-    parser.add_argument("--validation_split_percentage", type=percent, default=5.0, help="prompts held out (5)")
-    parser.add_argument("--max_eval_samples", type=whole, help="at most so many evaluation rows of a dataset")
-    parser.add_argument(
-        "--max_bad_percentage",
-        type=percent,
-        default=5.0,
-        help="stop above this share of broken rows (5)",
-    )
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides sampling and order (42)")
+    add = parser.add_argument
+    add("--list", action="store_true", help="list the datasets that have a short name")
+    add("--dataset_names", help="uc, hh@helpful-base, uc:0.1, ufb#20000, file.jsonl.gz, owner/name")
+    add("--eval_dataset_names", help="evaluate on these instead of on each set's own test rows")
+    add("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
+    add("--count", action="store_true", help="print rows read, kept and dropped (the default)")
+    add("--preview", type=number(), default=0, metavar="N", help="print the first N rows")
+    add("--model_name_or_path", help="count tokens, and show rows as this model will see them")
+    add("--max_length", type=number(int, 2), default=1024, help="longest row in tokens, with a model (1024)")
+    add("--max_prompt_length", type=whole, help="longest prompt in tokens, with a model")
+    add("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
+    add("--overwrite_output_dir", action="store_true", help="replace the rows in it")
+    add("--validation_split_percentage", type=percent, default=5.0, help="prompts held out (5)")
+    add("--max_eval_samples", type=whole, help="at most so many evaluation rows of a dataset")
+    add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides sampling and order (42)")
     return parser
 
 

@@ -32,7 +32,7 @@ def distance(a: str, b: str) -> int:
 def nearest(name: str, known) -> str | None:
     """The known name that this one is a likely typo of: a wrong guess is worse than none."""
     near = min(known, key=lambda other: distance(name, other), default=None)
-    return near if near and distance(name, near) <= max(1, len(name) // 6) and len(name) > 2 else None
+    return near if near and distance(name, near) <= min(max(1, len(name) // 5), 3) and len(name) > 2 else None
 
 
 class ToolParser(argparse.ArgumentParser):

@@ -19,8 +19,9 @@ class Name(NamedTuple):
 def parse_names(text: str) -> list[Name]:
     """The items of a comma list; a UserError says what a fraction and a count look like."""
     items, parts = [], text.split(",")
-    while parts:  # the most parts that are a file's name together, or one
-        size = next((n for n in range(len(parts), 1, -1) if file_in(",".join(parts[:n]).strip())), 1)
+    while parts:  # one part, or more where a file's name has their commas
+        joined = {size: file_in(",".join(parts[:size]).strip()) or "" for size in range(len(parts), 1, -1)}
+        size = next((size for size, file in joined.items() if file.count(",") == size - 1), 1)
         items, parts = [*items, ",".join(parts[:size]).strip()], parts[size:]
     items = [item for item in items if item]
     if not items:

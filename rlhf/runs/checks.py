@@ -164,6 +164,7 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
     """Yields what contradicts itself in any of the scripts."""
     schedule, more = now["lr_scheduler_type"], now["lr_scheduler_kwargs"] or {}
     evaluates, best = now["eval_strategy"] != "no", now["metric_for_best_model"]
+    metric = f"--metric_for_best_model {'eval_<dataset>_scores' if script == table.PPO else 'eval_<dataset>_loss'}"
     if strange := sorted(set(more) - set(schedulers[schedule])):
         able = ", ".join(schedulers[schedule]) or "none"
         yield f"--lr_scheduler_kwargs: {schedule} takes no {strange[0]} (it takes: {able})"
@@ -172,11 +173,11 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
     if schedule == "warmup_stable_decay" and "num_decay_steps" not in more:
         yield f"--lr_scheduler_type {schedule} needs --lr_scheduler_kwargs '{{\"num_decay_steps\": 100}}'"
     if schedule == "reduce_lr_on_plateau" and not (evaluates and best):
-        yield f"--lr_scheduler_type {schedule} follows an evaluation: give --metric_for_best_model and --eval_strategy"
+        yield f"--lr_scheduler_type {schedule} follows an evaluation: give {metric}, and not --eval_strategy no"
     if now["load_best_model_at_end"] and not evaluates:
         yield "--load_best_model_at_end: nothing is best with --eval_strategy no"
     if now["save_strategy"] == "best" and not (evaluates and best):
-        yield "--save_strategy best needs an evaluation and --metric_for_best_model, such as eval_loss"
+        yield f"the best model is told by an evaluation: give {metric}, and not --eval_strategy no"
     if values.get("eval_on_start") and not evaluates:
         yield "--eval_on_start with --eval_strategy no: leave one out"
     if now["load_in_4bit"] and now["load_in_8bit"]:
@@ -232,8 +233,6 @@ def _stage(script: str, now: dict, values: dict):
         for name in ("eval", "save", "logging"):
             if now[f"{name}_strategy"] == "epoch":
                 yield f"--{name}_strategy epoch: PPO counts updates, see --{name}_steps"
-        if now["load_best_model_at_end"] and not now["metric_for_best_model"]:
-            yield "the best model is told by an evaluation: --metric_for_best_model eval_<dataset>_scores"
         if now["target_kl"] is not None and now["fp16"]:
             yield "--target_kl leaves out steps, which fp16's loss scaling does not allow: --fp16 false"
         if "total_episodes" in values and "max_steps" in values:
