@@ -2,6 +2,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -79,14 +80,16 @@ def missing_path(name: str, value: str | None) -> None:
 
 
 def check_folder(flag: str, folder) -> None:
-    """Raises a UserError where a folder could not be written; nothing is made."""
+    """Raises a UserError where a folder could not be written; nothing is left behind."""
     path = Path(folder).expanduser()
     there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), Path("/"))
     if not there.is_dir():
         what = "is a file" if there == path else f"would lie in {there}, which is a file"
         raise UserError(f"{flag} {str(folder)[:150]} {what}: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {str(folder)[:150]}: {there} cannot be written")
+    try:  # to ask for the permission would not tell of a read-only or foreign disk, nor root
+        os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=there))
+    except OSError as error:
+        raise UserError(f"{flag} {str(folder)[:150]}: {there} cannot be written: {error.strerror}") from error
 
 
 def run_tool(main, make_parser) -> None:

@@ -139,7 +139,7 @@ def check(script: str, flags: dict, schedulers: dict, values: dict, typed: set) 
             continue  # a file's setting rests where what it needs was switched off
         if other in now and not (set(_list(now[other])) & set(wanted) if wanted else now[other]):
             needs = f"--{other} {' or '.join(wanted)}" if wanted else f"--{other}"
-            raise UserError(f"--{name}: it does nothing without {needs}; leave it out, or add that")
+            raise UserError(f"--{name} needs {needs}, and does nothing without: add that, or leave it out")
     for name, pattern, package, install in table.PACKAGES:
         for value in filter(None, _list(values.get(name))):
             if re.match(pattern, str(value)) and importlib.util.find_spec(package) is None:
