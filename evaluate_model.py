@@ -79,9 +79,9 @@ def check(args) -> None:
     for flag in ("model_name_or_path", "baseline", "reward_model_name_or_path"):
         for name in split_names(getattr(args, flag)):
             missing_path(flag, name)
-    check_folder("--output_dir", args.output_dir)
     if any((Path(args.output_dir) / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
+    check_folder("--output_dir", args.output_dir)
     check_names("preference" if not args.model_name_or_path else "prompt", args.dataset_names, args.eval_dataset_names)
 
 

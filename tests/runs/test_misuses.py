@@ -1,4 +1,4 @@
-"""What hands mistype, over all seven commands: exit code 2, one to three lines, nothing written, no library imported."""
+"""What hands mistype, over all seven commands: exit code 2, one to three lines, nothing written, no library used."""
 
 import importlib
 import re
