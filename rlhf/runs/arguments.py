@@ -1,6 +1,8 @@
 """The dataclasses behind a command line, once it is known to be right: TRL's, and what the machine has."""
 
+import copy
 import importlib
+import re
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -56,6 +58,31 @@ def check_machine(values: dict) -> None:
     for name in ("fp16", "fp16_full_eval", "tf32", "activation_offloading"):
         if values.get(name):
             raise UserError(f"--{name}: there is no GPU in use here that could do it; leave it out")
+    if "ddp_timeout" in values:
+        raise UserError("--ddp_timeout: transformers passes it on with GPUs alone; leave it out")
+
+
+def check_optimizer(args) -> None:
+    """Make the optimizer's options and the schedule, as the trainer will: a mistake in them shows before a model is
+    loaded."""
+    from transformers import Trainer, get_scheduler
+
+    named = f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
+    try:
+        if not re.match("galore|apollo|lomo|adalomo", args.optim.value):  # these look at the model
+            _, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            plain = copy.copy(args)
+            plain.optim_args = None
+            if args.optim_args and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
+                raise ValueError("this optimizer does not use them; leave them out")
+        named = f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs or {}))
+        for _ in range(9 if args.lr_scheduler_type.value not in ("reduce_lr_on_plateau", "greedy") else 0):
+            optimizer.step()
+            schedule.step()
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{named}: {str(error).splitlines()[0][:200]}") from error
 
 
 def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
@@ -75,4 +102,5 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
             parsed.append(cls(**own))
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).strip().splitlines()[0][:280]) from error
+    check_optimizer(parsed[1])
     return tuple(parsed), machine

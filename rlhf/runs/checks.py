@@ -168,11 +168,11 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
     if strange := sorted(set(more) - set(schedulers[schedule])):
         able = ", ".join(schedulers[schedule]) or "none"
         yield f"--lr_scheduler_kwargs: {schedule} takes no {strange[0]} (it takes: {able})"
-    if schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & set(more):
+    if schedule in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(more):
         yield f"--lr_scheduler_type {schedule} needs --lr_scheduler_kwargs '{{\"min_lr\": 1e-6}}'"
     if schedule == "warmup_stable_decay" and "num_decay_steps" not in more:
         yield f"--lr_scheduler_type {schedule} needs --lr_scheduler_kwargs '{{\"num_decay_steps\": 100}}'"
-    if schedule == "reduce_lr_on_plateau" and not (evaluates and best):
+    if schedule in ("reduce_lr_on_plateau", "greedy") and not (evaluates and best):
         yield f"--lr_scheduler_type {schedule} follows an evaluation: give {metric}, and not --eval_strategy no"
     if now["load_best_model_at_end"] and not evaluates:
         yield "--load_best_model_at_end: nothing is best with --eval_strategy no"

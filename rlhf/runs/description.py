@@ -55,17 +55,14 @@ def describe(dataclass_type) -> dict[str, dict]:
 
 def schedulers() -> dict[str, list[str]]:
     """{learning rate schedule: the names that its --lr_scheduler_kwargs may have}."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 
-    ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self", "kwargs"}
+    classes = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # behind functions of any keyword
+    ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     found = {}
     for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
-        names = set(inspect.signature(function).parameters)
-        if "kwargs" in names:
-            from torch.optim.lr_scheduler import ReduceLROnPlateau as function
-
-            names = set(inspect.signature(function.__init__).parameters)
-        found[name.value] = sorted(names - ours)
+        found[name.value] = sorted(set(inspect.signature(classes.get(name.value, function)).parameters) - ours)
     return found
 
 
