@@ -184,7 +184,12 @@ def _check_continues(adapter, model_args):
     for f in fields(model_args):
         value, now = getattr(model_args, f.name), config.get(names.get(f.name))
         default = "all-linear" if f.name == "lora_target_modules" else f.default
-        same = set(value) == set(now or ()) if isinstance(value, list) else value == now
+        if isinstance(value, list):  # an adapter may name its layers by their whole paths
+            same = now and all(any(f".{path}".endswith(f".{name}") for name in value) for path in now)
+            same = same and all(any(f".{path}".endswith(f".{name}") for path in now) for name in value)
+            now = ", ".join(sorted({path.rpartition(".")[2] for path in now or ()})) or None
+        else:
+            same = value == now
         if f.name in names and value != default and not same:
             raise UserError(
                 f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
