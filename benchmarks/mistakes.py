@@ -49,10 +49,9 @@ def main(args):
             seconds.append(time.perf_counter() - start)
         assert process.returncode == (0 if "--help" in flags else 2), process.stderr
         says = (process.stderr or process.stdout).splitlines()[0]
-        late += statistics.median(seconds) > limit
-        print(
-            f"| {statistics.median(seconds):.2f} | {limit} | {script}.py {flags.removeprefix(GOOD)[:50]} | {says[:80]} |"
-        )
+        median, shown = statistics.median(seconds), flags.removeprefix(GOOD)[:50]
+        late += median > limit
+        print(f"| {median:.2f} | {limit} | {script}.py {shown} | {says[:80]} |")
     print(f"{late} of {len(COMMANDS)} later than they may")
 
 

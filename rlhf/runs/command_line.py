@@ -155,11 +155,7 @@ class StageParser:
         ours = {name: flag for name, flag in shown.items() if flag.get("ours") and name not in COMMON}
         common = {name: shown[name] for name in COMMON if name in shown}
         rest = {name: flag for name, flag in shown.items() if name not in ours and name not in common}
-        lines = [
-            f"usage: accelerate launch {self.script}.py",
-            "       [--config FILE.yaml ...] [--flag value ...]",
-            "",
-        ]
+        lines = [f"accelerate launch {self.script}.py [--config FILE.yaml ...] [--flag value ...]", ""]
         for title, group in (("flags of ours", ours), ("flags that most runs use", common), ("all others", rest)):
             if group is not rest or everything:
                 lines += [f"{title}:", *(line for name in group for line in entry(group[name])), ""]

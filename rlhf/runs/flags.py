@@ -58,6 +58,7 @@ REFUSED = {
     "batch_eval_metrics": {ALL: _LOSS},
     "dataset_kwargs": {ALL: _ROWS},
     "dataset_text_field": {ALL: f"a file's columns are found by their names (README: Data); {_ROWS}"},
+    "disable_dropout": {(DPO,): "with dropout policy and reference would differ from the start; leave it out"},
     "do_eval": {ALL: _DOES},
     "do_predict": {ALL: _DOES},
     "do_train": {ALL: f"{_DOES}; --dry_run stops before training"},

@@ -32,7 +32,10 @@ def read_yaml(path: str) -> list[tuple[str, object, str]]:
         where, name = f"{path}:{key.start_mark.line + 1}", str(key.value)
         if name in found:
             raise UserError(f"{where}: {name} is there twice; keep one")
-        found[name] = (name, _value(node, top=True), where)
+        try:
+            found[name] = (name, _value(node, top=True), where)
+        except RecursionError as error:
+            raise UserError(f"{where}: {name} holds itself") from error
     return list(found.values())
 
 
