@@ -85,12 +85,12 @@ def check_folder(flag: str, folder) -> None:
     path = Path(folder).expanduser()
     there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), Path("/"))
     if not there.is_dir():
-        what = "is a file" if there == path else f"would lie in {there}, which is a file"
-        raise UserError(f"{flag} {str(folder)[:150]} {what}: name a folder")
+        where = "it" if there == path else f"{str(there)[:100]}, in which it would lie,"
+        raise UserError(f"{flag}: cannot write {str(folder)[:120]}: {where} is a file")
     try:  # to ask for the permission would not tell of a read-only or foreign disk, nor root
         os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=there))
     except OSError as error:
-        raise UserError(f"{flag} {str(folder)[:150]}: {there} cannot be written: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot write {str(folder)[:120]}: {error.strerror}") from error
 
 
 def run_tool(main, make_parser) -> None:
