@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow test-resume bench-ppo lint format clean
+.PHONY: demo test test-slow test-resume bench-ppo flags lint format clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
@@ -22,6 +22,10 @@ test-resume: .venv/ready
 # a quarter of an hour: speed and memory of PPO beside TRL 1.12.0's, in a virtual environment of its own
 bench-ppo: .venv/ready .venv-trl/ready
 	$(BIN)/python benchmarks/ppo_speed.py
+
+# after a change of our flags or a bump of the libraries: what --help and the checks of flags know
+flags: .venv/ready
+	$(BIN)/python -m rlhf.runs.description sft_training reward_modeling dpo_training ppo_training
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,25 +13,24 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 `rewards/chosen` falls far below 0, the policy forgets the good answers too: lower the learning rate or raise `--beta`.
 """
 
+from functools import partial
+
 from prepare_data import describe, load_datasets
-from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_preference
-from rlhf.models.tokenizing import tokenize_all
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume
-from rlhf.runs.log import say, watch
-from rlhf.runs.record import finish, plan
-from rlhf.runs.trainers import CheckedDPOTrainer
-from rlhf.user_error import UserError
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 
 def main(script_args, training_args, model_args):
+    from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
+    from rlhf.models.rendering import encode_preference
+    from rlhf.models.tokenizing import tokenize_all
+    from rlhf.runs.folder import begin, find_resume
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.record import finish, plan
+    from rlhf.runs.trainers import CheckedDPOTrainer
+
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    if training_args.beta <= 0:
-        raise UserError(f"--beta {training_args.beta:g}: the preferences' weight is above 0")
-    if training_args.neftune_noise_alpha:
-        raise UserError("--neftune_noise_alpha: its noise would make policy and reference differ from the start")
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
@@ -78,9 +77,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    from trl import DPOConfig
-
-    return StageParser((ScriptArguments, DPOConfig, ModelArguments), learning_rate=5e-6)
+    names = partial(check_names, "preference")
+    return StageParser("dpo_training", ScriptArguments, "trl.DPOConfig", names, learning_rate=5e-6)
 
 
 if __name__ == "__main__":

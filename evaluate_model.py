@@ -17,32 +17,32 @@ Watch the intervals, not the means: at 200 prompts a win rate is known within 7 
 that was trained on data like these is no judge of anything else.
 """
 
-import argparse
 from pathlib import Path
 
-from rlhf.user_error import UserError, run_tool
+from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, number, run_tool
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def make_parser() -> ToolParser:
+    parser = ToolParser(__doc__)
+    add, whole, percent = parser.add_argument, number(int, 1), number(float, 0, 100)
     add("--model_name_or_path", help="models to evaluate, separated by commas: hub ids, model or adapter folders")
     add("--baseline", help="the model to compare them with: win rates against it, KL to it")
     add("--reward_model_name_or_path", help="judges: reward models or file.py:function, separated by commas")
     add("--dataset_names", help="evaluate on what training on these names holds out: uc, hh@helpful-base, file.jsonl")
     add("--eval_dataset_names", help="the same, but a file is taken whole")
     add("--output_dir", required=True, help="folder of the report and of the answers so far")
-    add("--best_of", type=int, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
-    add("--response_length", type=int, default=128, help="longest answer in tokens (128)")
-    add("--temperature", type=float, default=1.0, help="of the sampling; 0 takes the likeliest token (1)")
-    add("--max_prompt_length", type=int, help="longest prompt in tokens; longer ones lose their oldest turns first")
-    add("--max_eval_samples", type=int, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
-    add("--validation_split_percentage", type=float, default=5.0, help="as in training: prompts held out (5)")
-    add("--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)")
+    add("--best_of", type=whole, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
+    add("--response_length", type=whole, default=128, help="longest answer in tokens (128)")
+    likeliest = "of the sampling; 0 takes the likeliest token (1)"
+    add("--temperature", type=number(float, 0, 100), default=1.0, help=likeliest)
+    add("--max_prompt_length", type=whole, help="longest prompt in tokens; longer ones lose their oldest turns first")
+    add("--max_eval_samples", type=whole, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
+    add("--validation_split_percentage", type=percent, default=5.0, help="as in training: prompts held out (5)")
+    add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--ignore_columns", help="as in training: columns to do without, separated by commas")
-    add("--max_pairs_per_prompt", type=int, default=10, help="as in training: at most so many of a ranking (10)")
-    add("--per_device_eval_batch_size", type=int, default=32, help="rows at a time (32)")
-    add("--seed", type=int, default=42, help="decides the sampling (42)")
+    add("--max_pairs_per_prompt", type=whole, default=10, help="as in training: at most so many of a ranking (10)")
+    add("--per_device_eval_batch_size", type=whole, default=32, help="rows at a time (32)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides the sampling (42)")
     return parser
 
 
@@ -60,7 +60,9 @@ def split_names(text: str | None) -> list[str]:
 
 
 def check(args) -> None:
-    """Refuse what could only end in a misleading report."""
+    """Refuse what could only end in a misleading report, or in none, before a library is imported."""
+    from prepare_data import check_names
+
     if not args.model_name_or_path and not args.reward_model_name_or_path:
         raise UserError("nothing to evaluate: give --model_name_or_path, or --reward_model_name_or_path alone")
     if args.baseline and not args.model_name_or_path:
@@ -78,11 +80,13 @@ def check(args) -> None:
         raise UserError("--best_of needs a --model_name_or_path and a --reward_model_name_or_path that picks")
     if args.best_of > 1 and args.temperature == 0:
         raise UserError("--best_of with --temperature 0 would compare copies of one answer: sample at 1")
-    for name in ("best_of", "response_length", "per_device_eval_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature:g}: give 0 or more")
+    for flag in ("model_name_or_path", "baseline", "reward_model_name_or_path"):
+        for name in split_names(getattr(args, flag)):
+            missing_path(flag, name)
+    if any((Path(args.output_dir) / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
+    check_folder("--output_dir", args.output_dir)
+    check_names("preference" if not args.model_name_or_path else "prompt", args.dataset_names, args.eval_dataset_names)
 
 
 def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:

@@ -14,16 +14,16 @@ Watch the last lines: how far the merged model's logits are from the adapter mod
 In float32 the former is at most 1e-4 of the largest logit; in another dtype, what that rounds away.
 """
 
-import argparse
 import glob
 import json
+import math
 import os
 import platform
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.user_error import UserError, run_tool
+from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, number, run_tool
 
 # Largest |logit difference| that float32 arithmetic may cause, as a share of the largest |logit|: rounding, not error.
 TOLERANCE = 1e-4
@@ -143,6 +143,12 @@ def main(args):
             raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
         if not (output / "merge.json").exists():
             raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
+    names, weights = args.adapter_model_name.split(","), args.weights
+    if len(names) != len(weights or names[:1]):
+        raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
+    for flag, name in (("base_model_name", args.base_model_name), *(("adapter_model_name", name) for name in names)):
+        missing_path(flag, name)
+    check_folder("--output_name", output)
     import torch
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -153,9 +159,6 @@ def main(args):
 
     disable_progress_bar()
     set_verbosity_error()
-    names, weights = args.adapter_model_name.split(","), args.weights
-    if len(names) != len(weights or names[:1]):
-        raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
     chains = [resolve_adapters(name, moved=args.base_model_name is not None) for name in names]
     for name, (_, chain) in zip(names, chains, strict=True):
         if not chain:
@@ -218,11 +221,11 @@ def main(args):
 
 
 def numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    return [number(float, -math.inf)(part) for part in text.split(",")]
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(__doc__)
     add = parser.add_argument
     add("--base_model_name", help="the model the adapter was trained on; read from the adapter when left out")
     several = "several, separated by commas, with --weights"

@@ -14,19 +14,11 @@ high. Scores that rise with the KL running away mean that the reward model is be
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.models.loading import load_policy, load_tokenizer, max_positions
-from rlhf.models.rendering import encode_prompt
-from rlhf.models.rewards import load_reward
-from rlhf.models.tokenizing import tokenize_all
-from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.trainer import PPOTrainer
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume
-from rlhf.runs.log import say, watch
-from rlhf.runs.record import finish, plan
-from rlhf.runs.trainers import checked
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
 
@@ -40,12 +32,18 @@ class PPOScriptArguments(ScriptArguments):
         },
     )
 
-    def __post_init__(self):
-        if not self.reward_model_name_or_path:
-            raise UserError("--reward_model_name_or_path is missing: give the folder that reward_modeling.py wrote")
-
 
 def main(script_args, training_args, model_args):
+    from rlhf.models.loading import load_policy, load_tokenizer, max_positions
+    from rlhf.models.rendering import encode_prompt
+    from rlhf.models.rewards import load_reward
+    from rlhf.models.tokenizing import tokenize_all
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.runs.folder import begin, find_resume
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.record import finish, plan
+    from rlhf.runs.trainers import checked
+
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path, script_args.reward_model_name_or_path])
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -103,7 +101,13 @@ def main(script_args, training_args, model_args):
 
 def make_parser():
     return StageParser(
-        (PPOScriptArguments, PPOConfig, ModelArguments), learning_rate=1e-5, logging_steps=1, eval_strategy="steps"
+        "ppo_training",
+        PPOScriptArguments,
+        "rlhf.ppo.config.PPOConfig",
+        partial(check_names, "prompt"),
+        learning_rate=1e-5,
+        logging_steps=1,
+        eval_strategy="steps",
     )
 
 

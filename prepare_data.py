@@ -9,7 +9,6 @@ train.jsonl and test.jsonl into --output_dir, which `load_dataset` and every scr
 Watch: the reasons for which rows are dropped. To add a dataset, add a function like those below.
 """
 
-import argparse
 import html
 import inspect
 import re
@@ -17,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of
-from rlhf.data.loading import load_datasets
+from rlhf.data.loading import check_names, load_datasets
 from rlhf.data.messages import Skip, assistant, user
 from rlhf.data.mixing import describe
 from rlhf.data.rows import SERVES, Demonstration, Preference, Prompt, Ranking, demonstration, kind_for, kinds_of
 from rlhf.data.sources import DATASETS, dataset
 from rlhf.data.trees import KEYS, trees_of
-from rlhf.user_error import UserError, run_tool, visible
+from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, number, run_tool, visible
 
 
 @dataset(
@@ -276,34 +275,37 @@ def show_with_model(train, report: dict, args):
         print(show_row(row, args.task, tokenizer, **allowed))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="list the datasets that have a short name")
-    parser.add_argument("--dataset_names", help="uc, hh@helpful-base, uc:0.1, ufb#20000, file.jsonl.gz, owner/name")
-    parser.add_argument("--eval_dataset_names", help="evaluate on these instead of on each set's own test rows")
-    parser.add_argument("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
-    parser.add_argument("--count", action="store_true", help="print rows read, kept and dropped (the default)")
-    parser.add_argument("--preview", type=int, default=0, metavar="N", help="print the first N rows")
-    parser.add_argument("--model_name_or_path", help="count tokens, and show rows as this model will see them")
-    parser.add_argument("--max_length", type=int, default=1024, help="longest row in tokens, with a model (1024)")
-    parser.add_argument("--max_prompt_length", type=int, help="longest prompt in tokens, with a model")
-    parser.add_argument("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the rows in it")
-    parser.add_argument("--validation_split_percentage", type=float, default=5.0, help="prompts held out (5)")
-    parser.add_argument("--max_eval_samples", type=int, help="at most so many evaluation rows of a dataset")
-    parser.add_argument(
-        "--max_bad_percentage", type=float, default=5.0, help="stop above this share of broken rows (5)"
-    )
-    parser.add_argument("--ignore_columns", help="do without these columns: source,messages.tool_calls")
-    parser.add_argument("--max_pairs_per_prompt", type=int, default=10, help="at most so many of a ranking (10)")
-    parser.add_argument("--seed", type=int, default=42, help="decides sampling and order (42)")
+def make_parser() -> ToolParser:
+    parser, whole, percent = ToolParser(__doc__), number(int, 1), number(float, 0, 100)
+    add = parser.add_argument
+    add("--list", action="store_true", help="list the datasets that have a short name")
+    add("--dataset_names", help="uc, hh@helpful-base, uc:0.1, ufb#20000, file.jsonl.gz, owner/name")
+    add("--eval_dataset_names", help="evaluate on these instead of on each set's own test rows")
+    add("--task", choices=list(SERVES), default="sft", help="what the rows are for (default: sft)")
+    add("--count", action="store_true", help="print rows read, kept and dropped (the default)")
+    add("--preview", type=number(), default=0, metavar="N", help="print the first N rows")
+    add("--model_name_or_path", help="count tokens, and show rows as this model will see them")
+    add("--max_length", type=number(int, 2), default=1024, help="longest row in tokens, with a model (1024)")
+    add("--max_prompt_length", type=whole, help="longest prompt in tokens, with a model")
+    add("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
+    add("--overwrite_output_dir", action="store_true", help="replace the rows in it")
+    add("--validation_split_percentage", type=percent, default=5.0, help="prompts held out (5)")
+    add("--max_eval_samples", type=whole, help="at most so many evaluation rows of a dataset")
+    add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
+    add("--ignore_columns", help="do without these columns: source,messages.tool_calls")
+    add("--max_pairs_per_prompt", type=whole, default=10, help="at most so many of a ranking (10)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides sampling and order (42)")
     return parser
 
 
 def main(args):
-    if args.list or not args.dataset_names:
+    if args.list or args.dataset_names is None:
         print(listing())
         return
+    check_names(args.task, args.dataset_names, args.eval_dataset_names)
+    missing_path("model_name_or_path", args.model_name_or_path)
+    if args.output_dir:
+        check_folder("--output_dir", args.output_dir)
     if args.output_dir and not args.overwrite_output_dir and any(args.output_dir.glob("*.jsonl")):
         raise UserError(
             f"{args.output_dir} has data in it already\nname another folder, or add --overwrite_output_dir"

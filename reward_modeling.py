@@ -12,18 +12,11 @@ Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human pr
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
-from rlhf.models.rendering import encode_preference
-from rlhf.models.rewards import store_statistics
-from rlhf.models.rollout import score
-from rlhf.models.tokenizing import tokenize_all
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume
-from rlhf.runs.log import say, watch
-from rlhf.runs.record import finish, plan
-from rlhf.runs.trainers import CheckedRewardTrainer
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
 
@@ -41,6 +34,16 @@ def join_prompt(row):
 
 
 def main(script_args, training_args, model_args):
+    from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
+    from rlhf.models.rendering import encode_preference
+    from rlhf.models.rewards import store_statistics
+    from rlhf.models.rollout import score
+    from rlhf.models.tokenizing import tokenize_all
+    from rlhf.runs.folder import begin, find_resume
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.record import finish, plan
+    from rlhf.runs.trainers import CheckedRewardTrainer
+
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
@@ -106,9 +109,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    from trl import RewardConfig
-
-    return StageParser((RewardScriptArguments, RewardConfig, ModelArguments), learning_rate=1e-4)
+    names = partial(check_names, "preference")
+    return StageParser("reward_modeling", RewardScriptArguments, "trl.RewardConfig", names, learning_rate=1e-4)
 
 
 if __name__ == "__main__":

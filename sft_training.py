@@ -17,18 +17,11 @@ Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from prepare_data import describe, load_datasets
-from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
-from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
-from rlhf.models.rendering import encode_demonstrations
-from rlhf.models.tokenizing import tokenize_all
-from rlhf.runs.command_line import ModelArguments, ScriptArguments, StageParser, run
-from rlhf.runs.folder import begin, find_resume
-from rlhf.runs.log import say, watch
-from rlhf.runs.record import finish, plan
-from rlhf.runs.trainers import CheckedSFTTrainer
-from rlhf.user_error import UserError
+from rlhf.data.loading import check_names
+from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 
 @dataclass
@@ -42,21 +35,19 @@ class SFTScriptArguments(ScriptArguments):
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},
     )
 
-    def __post_init__(self):
-        if min(self.generate_eval_samples, self.early_stopping_patience, self.generate_eval_length - 1) < 0:
-            raise UserError(
-                "--generate_eval_samples, its length and --early_stopping_patience are no negative numbers"
-            )
-
 
 def main(script_args, training_args, model_args):
+    from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
+    from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
+    from rlhf.models.rendering import encode_demonstrations
+    from rlhf.models.tokenizing import tokenize_all
+    from rlhf.runs.folder import begin, find_resume
+    from rlhf.runs.log import say, watch
+    from rlhf.runs.record import finish, plan
+    from rlhf.runs.trainers import CheckedSFTTrainer
+
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    if (training_args.packing or training_args.eval_packing) and "flash" not in (model_args.attn_implementation or ""):
-        raise UserError("--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out")
-    if script_args.early_stopping_patience and not training_args.metric_for_best_model:
-        raise UserError("--early_stopping_patience needs --metric_for_best_model, such as eval_rouge_avg")
-
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     train, evals, data = load_datasets(
         script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
@@ -72,6 +63,7 @@ def main(script_args, training_args, model_args):
         tokenizer,
         max_bad_percentage=script_args.max_bad_percentage,
         evaluate=training_args.eval_strategy != "no",
+        completion_only=training_args.completion_only_loss is not False,
         num_proc=training_args.dataset_num_proc,
         max_length=training_args.max_length,
         max_prompt_length=script_args.max_prompt_length,
@@ -112,9 +104,8 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    from trl import SFTConfig
-
-    return StageParser((SFTScriptArguments, SFTConfig, ModelArguments), learning_rate=2e-4)
+    names = partial(check_names, "sft")
+    return StageParser("sft_training", SFTScriptArguments, "trl.SFTConfig", names, learning_rate=2e-4)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def ours(folder: Path, shape: dict, micro: int):
     from rlhf.models.rewards import load_reward
     from rlhf.ppo.config import PPOConfig
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.runs.command_line import ModelArguments
+    from rlhf.runs.arguments import ModelArguments
 
     run = shape["run"]
     model_args = ModelArguments(model_name_or_path=str(folder / "base"), lora_r=16, lora_alpha=32)

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import dpo_training
 from rlhf.models.fingerprints import tokenizer_sha256
+from rlhf.runs.trainers import CheckedDPOTrainer, CheckedSFTTrainer
 from rlhf.user_error import UserError
-from sft_training import CheckedSFTTrainer
 from tests.conftest import run_script
 
 
@@ -83,7 +82,7 @@ def test_the_first_dpo_loss_is_ln_2_and_its_margin_0(saved):
 
 def test_a_dpo_run_whose_reference_is_another_model_stops(saved, data, tmp_path, monkeypatch):
     """As when the reference is the raw base although the policy holds SFT: the mistake that ends well elsewhere."""
-    init = dpo_training.CheckedDPOTrainer.__init__
+    init = CheckedDPOTrainer.__init__
 
     def spoiled(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -91,7 +90,7 @@ def test_a_dpo_run_whose_reference_is_another_model_stops(saved, data, tmp_path,
             if ".ref." in name:
                 parameter.data.zero_()
 
-    monkeypatch.setattr(dpo_training.CheckedDPOTrainer, "__init__", spoiled)
+    monkeypatch.setattr(CheckedDPOTrainer, "__init__", spoiled)
     with pytest.raises(AssertionError, match="policy and reference differ"):
         run_script("dpo_training", model_name_or_path=saved["sft"], dataset_names=data, output_dir=tmp_path / "dpo")
 
@@ -112,7 +111,9 @@ def test_a_quantised_base_leaves_what_is_trained_in_float32(saved, data, tmp_pat
     assert not torch.equal(lora.bfloat16().float(), lora)
 
 
-@pytest.mark.parametrize(("flags", "says"), [({"beta": 0.0}, "--beta 0: "), ({"neftune_noise_alpha": 5}, "noise")])
+@pytest.mark.parametrize(
+    ("flags", "says"), [({"beta": 0.0}, "--beta must be above 0"), ({"neftune_noise_alpha": 5}, "noise")]
+)
 def test_dpo_flags_that_would_teach_nothing_are_refused(saved, data, tmp_path, flags, says):
     with pytest.raises(UserError, match=says):
         run_script("dpo_training", model_name_or_path=saved["sft"], dataset_names=data, output_dir=tmp_path, **flags)

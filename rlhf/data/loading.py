@@ -5,7 +5,7 @@ import dataclasses
 from rlhf.data.mixing import hold_out, mix
 from rlhf.data.names import parse_names
 from rlhf.data.rows import SERVES, kind_for, kinds_of
-from rlhf.data.sources import DATASETS, Source, metric_name, source_of
+from rlhf.data.sources import DATASETS, Source, metric_name, on_hub, source_of
 from rlhf.user_error import UserError
 
 
@@ -91,6 +91,21 @@ def load_held_out(
         f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
     ]
     return evals, report
+
+
+def check_names(task: str, *names: str | None) -> None:
+    """What is wrong with --dataset_names and --eval_dataset_names as far as the hub need not be asked.
+
+    Raises:
+        UserError: for an unknown name, a missing or unreadable file, a dataset that does not serve the task.
+    """
+    for text in filter(None, names):
+        found = parse_names(text)
+        if not any(on_hub(name) for name in found):
+            resolve([text], task, None, 1)
+        for name in found:
+            if not on_hub(name):
+                source_of(name)
 
 
 def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int):

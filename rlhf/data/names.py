@@ -18,16 +18,31 @@ class Name(NamedTuple):
 
 def parse_names(text: str) -> list[Name]:
     """The items of a comma list; a UserError says what a fraction and a count look like."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items, parts = [], text.split(",")
+    while parts:  # one part, or more where a file's name has their commas
+        joined = {size: file_in(",".join(parts[:size]).strip()) or "" for size in range(len(parts), 1, -1)}
+        size = next((size for size, file in joined.items() if file.count(",") == size - 1), 1)
+        items, parts = [*items, ",".join(parts[:size]).strip()], parts[size:]
+    items = [item for item in items if item]
     if not items:
         raise UserError("no dataset is named\ntype for example --dataset_names uc:0.1,hh (see prepare_data.py --list)")
     return [parse_name(item) for item in items]
 
 
+def file_in(item: str) -> str | None:
+    """The longest beginning of an item that is a file or folder, up to its end or one of `@:#`."""
+    ends = [len(item), *(match.start() for match in reversed(list(re.finditer("[@:#]", item))))]
+    # unlike Path's, it does not raise for what cannot be a path
+    return next((item[:end] for end in ends if end and os.path.exists(os.path.expanduser(item[:end]))), None)
+
+
 def parse_name(item: str) -> Name:
-    if os.path.exists(item):  # unlike Path's, it does not raise for what cannot be a path
+    file = file_in(item)
+    if file == item:
         return Name(item)
-    name, subset, fraction, count = re.fullmatch(r"(.+?)(?:@([^@:#]*))?(?::([^@:#]*)|#([^@:#]*))?", item).groups()
+    name = f"({re.escape(file)}|.+?)" if file else "(.+?)"
+    grammar = re.fullmatch(rf"{name}(?:@([^@:#]*))?(?::([^@:#]*)|#([^@:#]*))?", item, re.DOTALL)
+    name, subset, fraction, count = grammar.groups()
     try:
         if subset == "":
             raise ValueError("@ without the name of a subset")

@@ -204,6 +204,14 @@ def from_hub(name: str, subset: str, ignored: frozenset) -> Source:
     return Source(label, origin, open_side, kinds_of(read), read, code, **options)
 
 
+def on_hub(name: Name) -> bool:
+    """Whether a name is none of ours and no file, but may be the hub's."""
+    if name.name in DATASETS or os.path.exists(os.path.expanduser(name.name)):
+        return False
+    is_path = Path(name.name).suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~"))
+    return not is_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name.name) is not None
+
+
 def source_of(name: Name, ignored: frozenset = frozenset()) -> Source:
     """The source behind a name: a registered dataset, a file or folder, or a hub id."""
     if name.name in DATASETS:
@@ -213,7 +221,7 @@ def source_of(name: Name, ignored: frozenset = frozenset()) -> Source:
         return local(path, name.subset, ignored)
     if path.suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~")):
         raise UserError(f"{name.name}: there is no such file or folder")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name.name):
+    if on_hub(name):
         return from_hub(name.name, name.subset, ignored)
     near = difflib.get_close_matches(name.name, DATASETS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""

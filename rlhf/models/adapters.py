@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from rlhf.models.fingerprints import weights_sha256
@@ -246,7 +247,30 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
     return base
 
 
-def lora_config(model_args, task_type: str) -> LoraConfig:
+def check_layers(model, model_args) -> None:
+    """Each layer that a LoRA flag names is in the model: PEFT passes over one that is not, if another is.
+
+    Raises:
+        UserError: with the names that there are.
+    """
+    able = (torch.nn.Linear, torch.nn.Embedding, Conv1D, torch.nn.Conv1d, torch.nn.Conv2d)
+    layers = [name for name, module in model.named_modules() if isinstance(module, able)]
+    saved = [name for name, module in model.named_modules() if list(module.parameters())]
+    weights = [name for name, _ in model.named_parameters()]
+    for flag, there in (
+        ("lora_target_modules", layers),
+        ("lora_modules_to_save", saved),
+        ("lora_target_parameters", weights),
+    ):
+        names = getattr(model_args, flag)
+        for wanted in names if isinstance(names, list) and names != ["all-linear"] else ():
+            if not any(f".{name}".endswith(f".{wanted}") for name in there):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in there if name[-1:].isalpha()}))
+                raise UserError(f"--{flag} {wanted}: the model has no such one\n  it has {known[:220]}")
+
+
+def lora_config(model, model_args, task_type: str) -> LoraConfig:
+    check_layers(model, model_args)
     return LoraConfig(
         task_type=task_type,
         r=model_args.lora_r,
@@ -269,9 +293,17 @@ def check_continues(adapter, model_args):
         raise UserError(f"{adapter} is an adapter: merge it before training all weights,\n  {merge_command(adapter)}")
     names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
     names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
+    names |= {"lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters"}
     for f in fields(model_args):
         value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        if f.name in names and value != f.default and value != now:
+        default = "all-linear" if f.name == "lora_target_modules" else f.default
+        if isinstance(value, list):  # an adapter may name its layers by their whole paths
+            same = now and all(any(f".{path}".endswith(f".{name}") for name in value) for path in now)
+            same = same and all(any(f".{path}".endswith(f".{name}") for path in now) for name in value)
+            now = ", ".join(sorted({path.rpartition(".")[2] for path in now or ()})) or None
+        else:
+            same = value == now
+        if f.name in names and value != default and not same:
             raise UserError(
                 f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
                 "  leave the flag out, or merge the adapter first and train a new one on the result"

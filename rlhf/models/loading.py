@@ -175,7 +175,7 @@ def load_policy(model_args, tokenizer, seed: int):
         check_continues(adapter, model_args)
     model = _load_policy_base(base, adapter, model_args, tokenizer)
     if adapter is None:
-        return model, lora_config(model_args, "CAUSAL_LM") if model_args.use_peft else None
+        return model, lora_config(model, model_args, "CAUSAL_LM") if model_args.use_peft else None
     return load_adapter(model, adapter, trainable=True), None
 
 
@@ -209,7 +209,7 @@ def new_reward_model(model_args, tokenizer, seed: int):
     if not set(info["missing_keys"]) <= {"score.weight"}:
         raise UserError(f"{base} does not fit a sequence classifier: {sorted(info['missing_keys'])[:3]} are missing")
     if adapter is None:
-        return model, lora_config(model_args, "SEQ_CLS") if model_args.use_peft else None
+        return model, lora_config(model, model_args, "SEQ_CLS") if model_args.use_peft else None
     check_continues(adapter, model_args)
     if task_of(adapter) == "SEQ_CLS":
         return load_adapter(model, adapter, trainable=True), None

@@ -97,10 +97,13 @@ def _prompt_room(max_length, max_prompt_length, answer_length):
     return room if max_prompt_length is None else min(room, max_prompt_length)
 
 
-def encode_demonstration(row, tokenizer, max_length: int, max_prompt_length: int | None = None) -> dict:
+def encode_demonstration(
+    row, tokenizer, max_length: int, max_prompt_length: int | None = None, completion_only: bool = True
+) -> dict:
     """SFT: `input_ids` and `labels` (-100 where there is no loss), both of length <= max_length.
 
-    A dialogue that is too long ends after the last answer that fits whole.
+    A dialogue that is too long ends after the last answer that fits whole. Without `completion_only` all tokens are
+    learned, the user's too.
     """
     prompt, completion = row["prompt"], row["completion"]
     check_texts(tokenizer, prompt + completion)
@@ -115,9 +118,10 @@ def encode_demonstration(row, tokenizer, max_length: int, max_prompt_length: int
         prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
         shortened = True
     assert labels[-1] == tokenizer.eos_token_id, "the EOS of an answer must carry loss"
+    input_ids = prompt_ids + completion_ids
     return {
-        "input_ids": prompt_ids + completion_ids,
-        "labels": [-100] * len(prompt_ids) + labels,
+        "input_ids": input_ids,
+        "labels": [-100] * len(prompt_ids) + labels if completion_only else list(input_ids),
         "shortened": shortened,
     }
 

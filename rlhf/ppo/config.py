@@ -6,14 +6,6 @@ from typing import NamedTuple
 
 from transformers import TrainingArguments
 
-UNFIT = {  # flags of TrainingArguments that PPO cannot honour
-    "auto_find_batch_size": "lower --per_device_train_batch_size instead",
-    "label_smoothing_factor": "there are no labels",
-    "logging_first_step": "see --logging_steps, which counts updates",
-    "neftune_noise_alpha": "noise would make the policy differ from the one that answered",
-    "torch_compile": "no two batches have the same shape",
-}
-
 
 @dataclass
 class PPOConfig(TrainingArguments):
@@ -114,7 +106,6 @@ class PPOConfig(TrainingArguments):
     max_eval_prompts: int = field(default=64, metadata={"help": "Held-out prompts of a dataset answered each time."})
 
     def __post_init__(self):
-        self.check_flags()
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_strategy = "steps" if self.num_sample_generations else "no"
             self.eval_steps = 1 / max(self.num_sample_generations, 2)  # of all updates
@@ -133,29 +124,6 @@ class PPOConfig(TrainingArguments):
                 f"a mini-batch of {self.local_mini_batch_size} prompts is not a multiple of "
                 f"--per_device_train_batch_size {self.per_device_train_batch_size}"
             )
-
-    def check_flags(self):
-        for name, reason in UNFIT.items():
-            if getattr(self, name):
-                raise ValueError(f"--{name} does not fit PPO: {reason}")
-        for name in ("eval", "save", "logging"):
-            if getattr(self, f"{name}_strategy") == "epoch":
-                raise ValueError(f"--{name}_strategy epoch: PPO counts updates, see --{name}_steps")
-        counts = "num_ppo_epochs num_mini_batches local_rollout_forward_batch_size response_length max_eval_prompts"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        for name in ("temperature", "adaptive_kl_target", "adaptive_kl_horizon"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"--{name} must be above 0")
-        if self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau":
-            if self.metric_for_best_model is None or self.eval_strategy == "no":
-                raise ValueError(
-                    "the best model is told by an evaluation: --metric_for_best_model eval_<dataset>_scores, and not "
-                    "--eval_strategy no"
-                )
-        if self.target_kl is not None and self.fp16:
-            raise ValueError("--target_kl leaves out steps, which fp16's loss scaling does not allow: --fp16 false")
 
 
 class Schedule(NamedTuple):

@@ -1,9 +1,10 @@
 """What every training run shares: its flags, its folder, its log, its trainers.
 
 Knows the command line, output folders and checkpoints, and TRL's trainers. Must not know where rows come from, nor how
-PPO works. Read in this order: command_line (the flags of all scripts, YAML files, what the machine has, how a mistake
-ends), folder (which folder a run may use, which checkpoint it resumes from), identity (what its result depends on),
-checkpoints (when one is whole), record (run.json, the model card), log (training_log.jsonl, the learning curves),
-trainers (TRL's trainers with our checks), and what these inherit: resuming (exact checkpoints), soundness (finite, and
-moving), signals (SIGTERM and Ctrl-C), named_evaluation (metrics by dataset).
+PPO works. Read in this order, first the command line: command_line (flags and YAML files, read before a library is
+imported), flags (one table of what each does), checks (of values), renamed (other systems' names), yaml_files,
+description (flags.json, made of the libraries), arguments (the dataclasses, what the machine has); then the run:
+folder (which one may be used, which checkpoint is resumed), identity (what a result depends on), checkpoints (when one
+is whole), record (run.json, the model card), log (its log and curves), trainers (TRL's, with our checks), resuming,
+soundness (finite, and moving), signals (SIGTERM, Ctrl-C), named_evaluation (metrics by dataset).
 """

@@ -1,48 +1,26 @@
-"""What the training scripts' command lines share: the flags of ours, YAML files, what the machine has, how a mistake
-ends.
+"""The training scripts' command lines: flags and YAML files, read and checked before a library is imported.
 
-Flags are TRL's and transformers' own (parsed by TRL's parser); this module makes them strict, fills in what depends on
-the machine, and turns a user's mistake into `error: ...` with exit code 2.
+What flags there are is in flags.json (description.py makes it of the libraries), what each does here in flags.py. A
+user's mistake ends as `error: ...` with exit code 2.
 """
 
-import difflib
 import errno
-import json
 import os
 import re
 import shlex
 import sys
+import textwrap
 from dataclasses import dataclass, field, fields
 
-import torch
-import yaml
-from transformers.integrations import get_available_reporting_integrations
-from trl import ModelConfig, TrlParser
-
+from rlhf.runs import description
+from rlhf.runs.checks import check, convert, refused, unknown
+from rlhf.runs.flags import COMMON
+from rlhf.runs.renamed import NO_SUCH, RENAMED
 from rlhf.runs.signals import Stopped, listen
-from rlhf.user_error import UserError, visible
+from rlhf.runs.yaml_files import read_yaml
+from rlhf.user_error import UserError, mistake
 
-TOKENIZER = ("eos_token", "pad_token", "chat_template_path")  # TRL would change it after the data is tokenised
-
-# Flags that other versions or systems spell otherwise, and what to type today.
-RENAMED = {
-    "evaluation_strategy": "--eval_strategy",
-    "warmup_ratio": "--warmup_steps 0.1 (below 1 it is a share of all steps)",
-    "no_cuda": "--use_cpu",
-    "tokenizer_name": "nothing: the tokenizer of --model_name_or_path is used",
-    "optimizer_type": "--optim",
-    "group_by_length": "--train_sampling_strategy group_by_length",
-    "lora_target_module": "--lora_target_modules",
-    "dataset_name": "--dataset_names",
-    "max_seq_length": "--max_length",
-    "kl_coeff": "--kl_coef",
-    "max_new_tokens": "--response_length",
-    "sft_model_path": "--model_name_or_path",
-    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
-    "mini_batch_size": "that batch divided by --num_mini_batches",
-    "rng_seed": "--seed",
-    "train_file": "--dataset_names path/to/file.jsonl",
-}
+NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)")
 
 
 @dataclass
@@ -97,138 +75,133 @@ class ScriptArguments:
         }
 
 
-@dataclass
-class ModelArguments(ModelConfig):
-    """TRL's ModelConfig, with LoRA on all linear layers unless `--no_use_peft`."""
+class StageParser:
+    """The flags of one training script: TRL's own, unabridged, and ours beside them.
 
-    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; --no_use_peft trains all weights."})
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers that get a LoRA."}
-    )
+    `--config a.yaml b.yaml` reads the files left to right; flags win over files.
 
-    def __post_init__(self):
-        if self.model_name_or_path is None:
-            raise UserError("--model_name_or_path is missing: give a hub id, a model folder or an adapter folder")
-        super().__post_init__()
-        if self.dtype in ("bfloat16", "float16") and not self.use_peft:
-            raise UserError(
-                f"--dtype {self.dtype} with --no_use_peft: most steps of a usual size round away in 16-bit weights\n"
-                "  leave --dtype out; --bf16 computes in bfloat16 on float32 weights"
-            )
-        # ModelConfig unpacks a list of one, and PEFT reads a string as a regular expression for the whole module path
-        if self.lora_target_modules != "all-linear" and isinstance(self.lora_target_modules, str):
-            self.lora_target_modules = [self.lora_target_modules]
-
-
-def machine_defaults() -> tuple[dict, str]:
-    """Training arguments that depend on the machine, and a sentence that says what was chosen."""
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-        precision = "bf16" if bf16 else "fp16"
-        return {"bf16": bf16, "fp16": not bf16}, f"{name}, {precision}, gradient checkpointing on"
-    chosen = {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
-    if torch.backends.mps.is_available():
-        return chosen, "Apple GPU, float32"
-    return {**chosen, "use_cpu": True}, f"CPU with {torch.get_num_threads()} threads, float32"
-
-
-class StageParser(TrlParser):
-    """TRL's parser made strict: no abbreviations, unknown names are errors that name the nearest known one.
-
-    `--config a.yaml b.yaml` reads the files left to right; flags win over files. Keyword arguments are the stage's own
-    defaults.
+    Args:
+        script: its name in flags.json.
+        script_class: the dataclass of the script's own flags.
+        training: where the training arguments' class is, as in `trl.SFTConfig`; imported when all flags are right.
+        check_names: given --dataset_names and --eval_dataset_names, says what is wrong with them.
+        stage_defaults: the stage's own defaults.
     """
 
-    def __init__(self, dataclass_types, **stage_defaults):
-        super().__init__(dataclass_types, allow_abbrev=False)
-        chosen, self.machine = machine_defaults()
+    machine = ""
+
+    def __init__(self, script: str, script_class, training: str, check_names=None, **stage_defaults):
+        self.script, self.script_class, self.training, self.check_names = script, script_class, training, check_names
         # held-out metrics before, during and after: a run that does not show its effect cannot be trusted
-        evaluation = {"eval_strategy": "epoch", "eval_on_start": True}
-        unused = self.set_defaults_with_config(**{**evaluation, **chosen, **stage_defaults})
-        assert not unused, unused
+        self.stage_defaults = {"eval_strategy": "epoch", "eval_on_start": True, **stage_defaults}
 
-    def error(self, message):
-        raise UserError(re.sub(r"^argument (--\w+)\S*:", r"\1:", message))
+    def classes(self) -> tuple:
+        """The script's, the training arguments' and the model's."""
+        from rlhf.runs.arguments import ModelArguments, imported
 
-    def parse_args_and_config(self, args=None):
-        """The dataclasses, in the order given to the parser.
+        return self.script_class, imported(self.training), ModelArguments
+
+    def parse_args_and_config(self, args=None) -> tuple:
+        """The dataclasses, in the order of `classes`.
 
         Raises:
-            UserError: for an unknown flag or key, a value of the wrong type, or settings that contradict each other.
+            UserError: for an unknown flag or key, a value of the wrong type or out of range, settings that contradict
+                each other, a file or dataset that is not there.
         """
-        args = list(sys.argv[1:] if args is None else args)
-        files, flags = _split_config(args)
-        given = [token for file in files for token in self._read_yaml(file)] + flags
-        words = [word.lower() for part in given for word in part.split("=", 1)] + ["--"]
-        best = "--load_best_model_at_end" in words and words[words.index("--load_best_model_at_end") + 1] != "false"
-        if best and not {"--save_strategy", "--save_steps"} & set(words):
-            given += ["--save_strategy", "best"]  # or evaluations and checkpoints would have to fall on the same steps
-        try:
-            *parsed, unknown = self.parse_args_into_dataclasses(
-                given, return_remaining_strings=True, look_for_args_file=False
-            )
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # from a dataclass's __post_init__: settings that contradict each other
-            raise UserError(str(error).strip()) from error
-        if unknown:
-            raise UserError(self._unknown(unknown[0].split("=")[0], "flag"))
-        for arguments in parsed:
-            for name in TOKENIZER:
-                if getattr(arguments, name, None):
-                    raise UserError(f"--{name}: a model keeps its tokenizer; change the tokenizer's own files instead")
-            if getattr(arguments, "load_best_model_at_end", False) and arguments.eval_strategy == "no":
-                raise UserError("--load_best_model_at_end: nothing is best with --eval_strategy no")
-            hide_secrets(arguments)
-        for tracker in (name for arguments in parsed for name in getattr(arguments, "report_to", None) or ()):
-            if tracker not in get_available_reporting_integrations():
-                raise UserError(f"--report_to {tracker} is not installed here, or not known\n  pip install {tracker}")
-        return tuple(parsed)
+        values = self.read(list(sys.argv[1:] if args is None else args))
+        from rlhf.runs.arguments import build
 
-    def _read_yaml(self, path):
-        """A YAML file as command-line tokens, so that its values are checked just as flags are."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                settings = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--config {path}: {error}") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"--config {path}: expected `flag: value` lines")
-        for key, value in settings.items():
-            if f"--{key}" not in self._option_string_actions:
-                raise UserError(f"{path}: " + self._unknown(str(key), "key"))
-            if value is None:
-                continue
-            yield f"--{key}"
-            for item in value if isinstance(value, list) else [value]:
-                yield json.dumps(item) if isinstance(item, (dict, bool)) else str(item)
+        parsed, self.machine = build(self.classes(), values, self.stage_defaults)
+        return parsed
 
-    def _unknown(self, name, kind):
-        name = name.lstrip("-")
-        known = [
-            option[2:] for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]
-        ]
-        if name in RENAMED:
-            return f"unknown {kind} {name}: today's is {RENAMED[name]}"
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        return f"unknown {kind} {name}" + (f": did you mean {near[0]}?" if near else "; --help lists them all")
+    def read(self, args: list[str]) -> dict:
+        """{flag: value} of what was given; no library is imported for it."""
+        self.flags, self.others, self.schedulers = description.read(self.script)
+        self.flags |= {name: {**self.flags[name], "default": value} for name, value in self.stage_defaults.items()}
+        self.aliases = {alias: name for name, flag in self.flags.items() for alias in flag.get("aliases", ())}
+        given, values, typed = split(args), {}, set()
+        if {"help", "help_all", "h"} & {name for name, _ in given}:
+            print(self.help(everything=any(name == "help_all" for name, _ in given)))
+            sys.exit(0)
+        for name, paths in given:
+            if name == "config" and not paths:
+                raise UserError("--config: name one or more YAML files")
+            for path in paths if name == "config" else ():
+                for key, value, where in read_yaml(path):
+                    values |= self.one(key, value, f"{where}: {key}", f"{where}: unknown key")
+        for name, texts in given:
+            if name != "config":
+                values |= (found := self.one(name, texts, f"--{name}", "unknown flag"))
+                typed |= found.keys()
+        if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):
+            values["save_strategy"] = "best"  # or evaluations and checkpoints would have to fall on the same steps
+        check(self.script, self.flags, self.schedulers, values, typed)
+        if self.check_names:
+            names = values.get("dataset_names", self.flags["dataset_names"]["default"])
+            self.check_names(names, values.get("eval_dataset_names"))
+        return values
+
+    def one(self, name: str, given, where: str, strange: str) -> dict:
+        """{flag: value} of one flag or key."""
+        key = name.replace("-", "_")
+        key = self.aliases.get(key, key)
+        positive = key.removeprefix("no_")
+        if key not in self.flags and self.flags.get(positive, {}).get("no"):
+            return {positive: not convert({**self.flags[positive], "name": key}, given, where)}
+        if key not in self.flags and isinstance(given, dict):
+            raise UserError(f"{strange} {name}: our files are flat, without sections{self.inside(given)}")
+        if key not in self.flags:
+            raise UserError(f"{strange} {name[:60]}: {unknown(key, self.flags, self.others)}")
+        return {key: convert(self.flags[key], given, where)}
+
+    def inside(self, section: dict) -> str:
+        """What of the keys in a section a flat file would have, as far as a line holds it."""
+        names = [f"{key} -> {RENAMED.get(key, key)}" for key in section if key in RENAMED or key in self.flags]
+        names += [f"{key} -> none" for key in section if key in NO_SUCH]
+        return "".join(f"\n  {line}" for line in textwrap.wrap("; ".join(names), 110)[:2])
+
+    def help(self, everything: bool) -> str:
+        """Ours first, then what people use, then, if asked for, all the others and those that are refused."""
+        shown = {name: flag for name, flag in self.flags.items() if refused(self.script, name) is None}
+        ours = {name: flag for name, flag in shown.items() if flag.get("ours") and name not in COMMON}
+        common = {name: shown[name] for name in COMMON if name in shown}
+        rest = {name: flag for name, flag in shown.items() if name not in ours and name not in common}
+        lines = [f"accelerate launch {self.script}.py [--config FILE.yaml ...] [--flag value ...]", ""]
+        for title, group in (("flags of ours", ours), ("flags that most runs use", common), ("all others", rest)):
+            if group is not rest or everything:
+                lines += [f"{title}:", *(line for name in group for line in entry(group[name])), ""]
+        if not everything:
+            return "\n".join([*lines, f"--help_all shows {len(rest)} more: TRL's and transformers' own."])
+        lines.append("known to TRL or transformers, but refused here:")
+        for name in (name for name in self.flags if name not in shown):
+            lines += textwrap.wrap(f"--{name}: {refused(self.script, name)}", 80, initial_indent="  ",
+                                   subsequent_indent="      ")  # fmt: skip
+        return "\n".join(lines)
 
 
-def _split_config(args):
-    """`--config a.yaml b.yaml` or `--config=a.yaml` out of the arguments: (files, the other arguments)."""
-    files, flags, taking = [], [], False
+def entry(flag: dict) -> list[str]:
+    """A flag's lines in the help: its name and kind, then what it does and its default."""
+    choices, kind = flag.get("choices", ()), flag.get("kind", "text")
+    kind = "|".join(choices) if 1 <= len(choices) <= 6 else kind
+    default = flag.get("default", False if kind == "bool" else None)
+    default = " ".join(map(str, default)) if isinstance(default, list) else default
+    text = f"{flag.get('help', '')} ({default})" if default not in (None, "") else flag.get("help", "")
+    head = f"  --{flag['name']} {kind}" + (" ..." if flag.get("list") == "several" else "")
+    return [head, *textwrap.wrap(text, 80, initial_indent="      ", subsequent_indent="      ")]
+
+
+def split(args: list[str]) -> list[tuple[str, list[str]]]:
+    """[(flag, its words)] of a command line, in its order; a negative number is a word."""
+    given = []
     for arg in args:
-        if arg == "--config" or arg.startswith("--config="):
-            taking = True
-            files += arg.split("=", 1)[1:]
-        elif taking and not arg.startswith("--"):
-            files.append(arg)
+        if arg.startswith("-") and len(arg) > 1 and not NEGATIVE.match(arg):
+            name, equals, value = arg.partition("=")
+            given.append((name.lstrip("-"), [value] if equals else []))
+        elif not given:
+            raise UserError(f"{arg[:100]}: a value follows its flag, as in --output_dir saved/first")
         else:
-            taking = False
-            flags.append(arg)
-    return files, flags
+            given[-1][1].append(arg)
+    return given
 
 
 # names of flags whose values are stored and shown nowhere, and the flags so called that are no secrets
@@ -266,25 +239,26 @@ def as_typed(words: list[str]) -> str:
 
 def run(main, make_parser):
     """A script's guard: parse, run, and end a mistake, a full disk or a signal in a line, with its exit code."""
-    first = int(os.environ.get("RANK", 0)) == 0
     listen()
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         parser = make_parser()
         parsed = parser.parse_args_and_config()
+        for arguments in parsed:
+            hide_secrets(arguments)
         if first:
             print(f"machine: {parser.machine}")
-        main(*parsed)
-        return
+        try:
+            main(*parsed)
+        except SystemExit as error:  # of code that the user brought, such as a reward function
+            raise UserError(f"something in the run called sys.exit({error.code}) before its end") from error
     except UserError as error:
-        message, code = f"error: {visible(str(error))}", 2
+        sys.exit(mistake(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message, code = f"error: the disk is full: {error}\n  make room; the same command goes on", 2
-    except SystemExit as error:  # of code that the user brought, such as a reward function
-        message, code = f"error: something in the run called sys.exit({error.code}) before its end", 2
+        sys.exit(mistake(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
     except Stopped as stopped:
-        message, code = f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", stopped.code
-    if first:
-        print(message, file=sys.stderr)
-    sys.exit(code)
+        if first:
+            print(f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", file=sys.stderr)
+        sys.exit(stopped.code)

@@ -12,6 +12,12 @@ class NamedEvaluation:
 
     more_metrics = None  # a function that gives further ones of all datasets, as {name: value}
 
+    def __init__(self, model, args, **kwargs):
+        text_config = model.config.get_text_config()
+        if getattr(args, "router_aux_loss_coef", None) and not hasattr(text_config, "output_router_logits"):
+            raise UserError("--router_aux_loss_coef: the model is no mixture of experts; leave it out")
+        super().__init__(model=model, args=args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:

@@ -11,13 +11,15 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from rlhf.runs import signals
 from rlhf.runs.checkpoints import newest_whole, problem_with, remove, rotate, write_manifest
 from rlhf.runs.log import LOG, read_log
-from rlhf.runs.signals import Stopped, StopWhenAsked, training_is_over
+from rlhf.runs.signals import Stopped
 from rlhf.user_error import UserError
 
 UNLOGGED = "unlogged.json"
@@ -38,6 +40,25 @@ class EpochEnd(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.epoch_ends = True
+
+
+class StopWhenAsked(TrainerCallback):
+    """Has the trainer save, and `stop_asked` say for which signal, as soon as all processes know of it."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signals.set_training(True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        accelerator, names = self.trainer.accelerator, [None, *signals.EXIT_CODES]
+        asked = names.index(signals.asked)
+        if accelerator.num_processes > 1:  # one that heard of it stops all, at the same step
+            asked = int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
+        if asked and getattr(self.trainer, "can_stop", True):
+            self.trainer.stop_asked = names[asked]
+            control.should_save = control.should_training_stop = True
 
 
 class Resumable:
@@ -71,7 +92,7 @@ class Resumable:
                 self.lock.release()
             raise
         finally:
-            training_is_over()
+            signals.set_training(False)
 
     def unlogged(self) -> dict:
         """What the training loop knows beside the Trainer's state, of this process."""

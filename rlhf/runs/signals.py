@@ -7,11 +7,8 @@ Before and after training they end it at once, and so does a second one. The exi
 import signal
 import sys
 
-import torch
-from transformers import TrainerCallback
-
 EXIT_CODES = {"SIGTERM": 85, "SIGUSR1": 85, "SIGINT": 130}
-_asked, _training = None, False  # the name of the first signal; whether the training loop runs
+asked, training = None, False  # the name of the first signal; whether the training loop runs
 
 
 class Stopped(KeyboardInterrupt):
@@ -24,42 +21,22 @@ class Stopped(KeyboardInterrupt):
 
 def listen() -> None:
     """Catch the signals from here on, in a script's main process and thread."""
-    global _asked, _training
-    _asked, _training = None, False
+    set_training(False)
     for name in EXIT_CODES:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _on_signal)
+            signal.signal(getattr(signal, name), on_signal)
 
 
-def _on_signal(number, frame):
-    global _asked
+def on_signal(number, frame):
+    global asked
     name = signal.Signals(number).name
-    if not _training or _asked:
-        raise Stopped(name, "what was saved before is kept" if _training else "no step was under way")
-    _asked = name
+    if not training or asked:
+        raise Stopped(name, "what was saved before is kept" if training else "no step was under way")
+    asked = name
     print(f"\n{name}: the run is saved after its next step; once more ends it at once", file=sys.stderr)
 
 
-class StopWhenAsked(TrainerCallback):
-    """Has the trainer save, and `stop_asked` say which signal, as soon as all processes know of it."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        global _training
-        _training = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        accelerator, asked = self.trainer.accelerator, list(EXIT_CODES).index(_asked) + 1 if _asked else 0
-        if accelerator.num_processes > 1:  # one that heard of it stops all, at the same step
-            asked = int(accelerator.gather(torch.tensor([asked], device=accelerator.device)).max())
-        if asked and getattr(self.trainer, "can_stop", True):
-            self.trainer.stop_asked = list(EXIT_CODES)[asked - 1]
-            control.should_save = control.should_training_stop = True
-
-
-def training_is_over() -> None:
-    """From here on a signal has nothing to wait for."""
-    global _training
-    _training = False
+def set_training(runs: bool) -> None:
+    """Say whether there is a step to wait for."""
+    global asked, training
+    asked, training = None, runs

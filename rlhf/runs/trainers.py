@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from peft import PeftModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from rlhf.runs.named_evaluation import NamedEvaluation
@@ -23,7 +24,21 @@ class CheckedSFTTrainer(NamedEvaluation, checked(SFTTrainer)):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class CheckedRewardTrainer(NamedEvaluation, checked(RewardTrainer)):
+class PairLengths:
+    """--train_sampling_strategy group_by_length for pairs, which have no `input_ids` to measure."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [
+            len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
+        ]
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=lengths)
+
+
+class CheckedRewardTrainer(PairLengths, NamedEvaluation, checked(RewardTrainer)):
     pass
 
 
@@ -36,7 +51,7 @@ def score_answers_only(collate, rows: list[dict]) -> dict:
     return batch
 
 
-class CheckedDPOTrainer(NamedEvaluation, checked(DPOTrainer)):
+class CheckedDPOTrainer(PairLengths, NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):

@@ -28,7 +28,7 @@ from rlhf.models.loading import (
     read_tokenizer,
     resolve_model,
 )
-from rlhf.runs.command_line import ModelArguments
+from rlhf.runs.arguments import ModelArguments
 from rlhf.user_error import UserError
 from tests.conftest import make_tokenizer
 
