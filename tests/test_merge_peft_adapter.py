@@ -29,7 +29,7 @@ from rlhf.models.loading import (
     load_tokenizer,
     new_reward_model,
 )
-from rlhf.runs.command_line import ModelArguments
+from rlhf.runs.arguments import ModelArguments
 from rlhf.user_error import UserError
 from tests.conftest import make_tokenizer, run_script
 

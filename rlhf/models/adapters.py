@@ -85,6 +85,26 @@ def adapter_settings(adapter: str) -> dict:
     return json.loads(Path(find_adapter_config_file(adapter)).read_text())
 
 
+def adapter_weights(adapter: str) -> dict[str, torch.Tensor]:
+    """What is stored in an adapter's folder.
+
+    Raises:
+        UserError: naming the first tensor that is not finite.
+    """
+    weights = load_peft_weights(adapter, device="cpu")
+    check_finite(weights.items(), adapter)
+    return weights
+
+
+def check_finite(weights, name: str) -> None:
+    """Raises a UserError for the first of (key, tensor) that holds what is not finite, which no training mends."""
+    for key, weight in weights:
+        # a sum shows it in one pass over the memory; 8 and 4 bits hold codes, which are always finite
+        wide = weight.is_floating_point() and weight.element_size() > 1
+        if wide and not weight.detach().sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{name} is damaged: {key} holds values that are not finite\n  bring back a whole copy")
+
+
 def merge_command(adapter: str) -> str:
     return f"python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
 
@@ -99,7 +119,7 @@ def task_of(adapter: str) -> str:
         UserError: if it is for neither.
     """
     with explain_load(adapter):
-        label, weights = adapter_settings(adapter).get("task_type"), load_peft_weights(adapter, device="cpu")
+        label, weights = adapter_settings(adapter).get("task_type"), adapter_weights(adapter)
     if label not in (None, "", "CAUSAL_LM", "SEQ_CLS"):
         raise UserError(f"{adapter} is an adapter for {label}: neither a policy nor a reward model")
     for path in Path(adapter).glob("value_head.*"):  # our PPO's critic is named otherwise inside, and no .bin
@@ -141,7 +161,7 @@ def load_adapter(model, adapter: str, trainable: bool = False, task: bool = True
 
 def check_loaded(peft_model, adapter: str, name: str = "default") -> None:
     """PEFT itself only warns of weights that it did not find, and says nothing of those that it could not place."""
-    stored = load_peft_weights(adapter, device="cpu")
+    stored = adapter_weights(adapter)
     placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False).keys()
     # embeddings that were resized are stored whole, and go to the base's own
     own = {key.replace(f".{name}", ""): value for key, value in peft_model.state_dict().items()}
@@ -159,7 +179,7 @@ def resize_for(model, adapter: str) -> int:
     with explain_load(adapter):
         rows = {
             weight.shape[0]
-            for key, weight in load_peft_weights(adapter, device="cpu").items()
+            for key, weight in adapter_weights(adapter).items()
             if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
         }
     if rows and rows != {layers[0].weight.shape[0]}:
@@ -172,7 +192,7 @@ def load_sum(model, adapters: list[str], weights: list[float]):
     names = [f"adapter_{i}" for i in range(len(adapters))]
     for name, adapter in zip(names, adapters, strict=True):
         with explain_load(adapter):
-            for key in load_peft_weights(adapter, device="cpu"):
+            for key in adapter_weights(adapter):
                 if ".lora_A." not in key and ".lora_B." not in key:
                     raise UserError(f"{adapter} holds {key}, more than a plain LoRA: such adapters have no sum")
             if name == names[0]:

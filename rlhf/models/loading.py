@@ -7,7 +7,6 @@ starts from its weights with a fresh head. So `base + adapter` is always the who
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -21,8 +20,10 @@ from trl import get_quantization_config
 
 from rlhf.models.adapters import (
     IF_THERE,
+    adapter_weights,
     base_revision,
     check_continues,
+    check_finite,
     check_unchanged,
     explain_load,
     load_adapter,
@@ -114,6 +115,7 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
             output_loading_info=True,
             **kwargs,
         )
+    check_finite(model.named_parameters(), base)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         pair = "not a pair"
@@ -217,9 +219,7 @@ def new_reward_model(model_args, tokenizer, seed: int):
     config.task_type, config.inference_mode = "SEQ_CLS", False
     model = get_peft_model(model, config)
     # the trunk has the same module names under both heads, so the policy's LoRA fits as it is
-    weights = {"base_model.model.score.weight": model.get_base_model().score.weight} | load_peft_weights(
-        adapter, "cpu"
-    )
+    weights = {"base_model.model.score.weight": model.get_base_model().score.weight} | adapter_weights(adapter)
     loaded = set_peft_model_state_dict(model, weights)
     lost = [key for key in loaded.missing_keys if "lora_" in key] + list(loaded.unexpected_keys)
     if lost:
@@ -235,7 +235,7 @@ def trained_head(adapter: str) -> torch.Tensor:
     """
     task_of(adapter)  # refuses what is neither
     with explain_load(adapter):
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = adapter_weights(adapter)
     heads = [value for key, value in weights.items() if ".score." in key]
     if len(heads) != 1:
         raise UserError(
@@ -282,7 +282,7 @@ def load_merge_base(base: str, adapter: str, tokenizer):
     auto_class, head, options = AutoModelForCausalLM, set(), {}
     if task_of(adapter) == "SEQ_CLS":
         with explain_load(adapter):
-            weights = load_peft_weights(adapter, device="cpu")
+            weights = adapter_weights(adapter)
         labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
         auto_class, head = AutoModelForSequenceClassification, {"score.weight"} if labels else set()
         options = {"num_labels": labels[0]} if labels else {}
@@ -290,6 +290,7 @@ def load_merge_base(base: str, adapter: str, tokenizer):
         model, info = auto_class.from_pretrained(
             base, revision=base_revision(adapter), dtype="float32", output_loading_info=True, **options
         )
+    check_finite(model.named_parameters(), base)
     if lacks := sorted(info["missing_keys"] - head):
         raise UserError(f"neither {base} nor {adapter} has {lacks[0]}: the merged model's would be random")
     if not options:

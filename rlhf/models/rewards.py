@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from peft.utils import load_peft_weights
 
-from rlhf.models.adapters import base_revision, explain_load
+from rlhf.models.adapters import adapter_weights, base_revision, explain_load
 from rlhf.models.fingerprints import sha256_of, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import (
     differing_tokens,
@@ -192,7 +191,7 @@ def shares_base(adapter: str, base: str, model_args) -> bool:
     policy_base, policy_adapter = resolve_model(model_args.model_name_or_path)
     revision = base_revision(policy_adapter) if policy_adapter else model_args.model_revision
     with explain_load(adapter):
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = adapter_weights(adapter)
     return (
         Path(base).resolve() == Path(policy_base).resolve()
         and base_revision(adapter) == revision

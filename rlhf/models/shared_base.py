@@ -9,10 +9,9 @@ from contextlib import contextmanager, nullcontext
 
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from rlhf.models.adapters import explain_load
+from rlhf.models.adapters import adapter_weights, explain_load
 from rlhf.user_error import UserError
 
 
@@ -71,7 +70,7 @@ def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
         model.add_adapter(name, config)
         for parameter in parameters_of(model, name).values():
             parameter.requires_grad_(False)
-        weights = {key: value for key, value in load_peft_weights(folder, device="cpu").items() if ".lora_" in key}
+        weights = {key: value for key, value in adapter_weights(folder).items() if ".lora_" in key}
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     lost = [key for key in loaded.missing_keys if f".{name}." in key] + list(loaded.unexpected_keys)
     if lost:

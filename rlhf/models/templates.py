@@ -8,7 +8,6 @@ that was rendered already is refused: it would be trained on as a turn within a 
 
 import os
 import re
-import resource
 import signal
 import threading
 from contextlib import contextmanager
@@ -19,6 +18,11 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from rlhf.user_error import UserError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no alarm either
+    resource = None
 
 # For tokenizers without a template (gpt2, opt, pythia): plain-text markers, no new tokens. The marker before an answer
 # ends without a space and the answer starts with one, so that its first token is the one that would be generated. The

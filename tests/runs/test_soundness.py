@@ -1,7 +1,10 @@
 """A run is finite and moves, or it ends with a line: `pytest tests/runs/test_soundness.py`."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from rlhf.runs.command_line import as_typed
@@ -74,6 +77,22 @@ def test_a_run_that_trains_nothing_is_no_result(stage, flags, says, saved, base,
     with pytest.raises(UserError, match=says):
         run_script(STAGES[stage], **flags_of(stage, saved, base, data, tmp_path / "run") | flags)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_a_model_that_is_not_finite_is_refused_when_it_is_loaded(stage, what, saved, base, data, tmp_path):
+    if what == "adapter" and stage == "sft":
+        stage = "dpo"
+    folder = shutil.copytree(base if what == "base" else saved["sft"], tmp_path / "model")
+    path = next(folder.glob("*.safetensors"))
+    weights = load_file(path)
+    next(iter(weights.values()))[0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    flags = flags_of(stage, saved, base, data, tmp_path / "run") | {"model_name_or_path": folder}
+    with pytest.raises(UserError, match="model is damaged: .* not finite"):
+        run_script(STAGES[stage], **flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
