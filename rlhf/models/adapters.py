@@ -276,7 +276,9 @@ def check_layers(model, model_args) -> None:
     able = (torch.nn.Linear, torch.nn.Embedding, Conv1D, torch.nn.Conv1d, torch.nn.Conv2d)
     layers = [name for name, module in model.named_modules() if isinstance(module, able)]
     saved = [name for name, module in model.named_modules() if list(module.parameters())]
-    weights = [name for name, _ in model.named_parameters()]
+    # PEFT has no LoRA for a parameter that is stored as its transpose
+    transposed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Conv1D))
+    weights = [name for name, _ in model.named_parameters() if not name.startswith(transposed)]
     for flag, there in (
         ("lora_target_modules", layers),
         ("lora_modules_to_save", saved),

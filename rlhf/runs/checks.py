@@ -75,6 +75,8 @@ def _one(flag: dict, kind: str, text: str, where: str):
             value = text
         elif kind == "json":
             value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError("JSON, but no object")
         else:
             value = {"int": int, "float": float}.get(kind, str)(text)
     except OSError as error:
@@ -153,6 +155,9 @@ def check(script: str, flags: dict, schedulers: dict, values: dict, typed: set) 
         missing_path(name, now.get(name))
     if Path(now["output_dir"]).resolve() == Path(now["model_name_or_path"]).resolve():
         raise UserError(f"--output_dir {now['output_dir']} is the model to start from: name another folder")
+    inside = {path.name for path in Path(now["model_name_or_path"]).expanduser().glob("*config.json")}
+    if "model_revision" in values and "config.json" in inside and "adapter_config.json" not in inside:
+        raise UserError("--model_revision: the model is a folder, which has no revisions; leave it out")
     check_folder("--output_dir", now["output_dir"])
 
 
@@ -192,6 +197,11 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
         yield "--optim_target_modules: galore's and apollo's optimizers use it; leave it out"
     if re.match("galore|apollo", now["optim"]) and not now["optim_target_modules"]:
         yield f"--optim {now['optim']} needs --optim_target_modules, such as all-linear"
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if strange := sorted(set(now[name] or ()) - table.CHECKPOINTING):
+            yield f"--{name}: there is no {strange[0]} (there is: {', '.join(sorted(table.CHECKPOINTING))})"
+    if now["ddp_backend"] and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield "--ddp_backend: it is how processes talk, and this is one; leave it out"
     if now["fsdp"] and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield "--fsdp: it shares weights among processes, and this is one: accelerate launch --multi_gpu"
     if now["train_sampling_strategy"] == "batch_rebalance" and script != table.SFT:
@@ -212,6 +222,8 @@ def _stage(script: str, now: dict, values: dict):
             yield "--early_stopping_patience: nothing is better or worse with --eval_strategy no"
         if now["loss_type"] == "chunked_nll":
             yield "--loss_type chunked_nll: it does not fit rows that are tokenised; nll gives the same loss"
+    if script == table.REWARD and "score" in _list(now["lora_target_modules"]):
+        yield "--lora_target_modules score: the head is trained whole; leave it out"
     if script == table.DPO:
         if strange := [loss for loss in losses if loss not in table.DPO_LOSSES]:
             near = nearest(strange[0], table.DPO_LOSSES)

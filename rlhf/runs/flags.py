@@ -122,10 +122,13 @@ SHARES = ("eval_steps", "logging_steps", "save_steps", "warmup_steps")  # below 
 
 CHOICES = {  # where the libraries' parsers know none
     "f_divergence_type": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+    "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     "report_to": "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab"
     " tensorboard trackio wandb".split(),
     "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
 }
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers"}
+CHECKPOINTING |= {"selective"}  # the keys of --gradient_checkpointing_kwargs: torch's, transformers' and TRL's
 DPO_LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
     discopop sft sigmoid_norm""".split()
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")

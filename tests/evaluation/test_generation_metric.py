@@ -88,7 +88,7 @@ def test_patience_ends_the_run(base, data, tmp_path, scripted):
         (BEST | {"metric_for_best_model": "loss"}, "eval_pairs_loss"),
         ({"early_stopping_patience": 2}, "needs --metric_for_best_model"),
         ({"generate_eval_samples": 4, "generate_eval_length": 128}, "leaves no held-out prompt room"),
-        ({"generate_eval_samples": -1}, "no negative numbers"),
+        ({"generate_eval_samples": -1}, "must be at least 0, not -1"),
     ],
 )
 def test_settings_that_could_not_work_are_refused_before_training(base, data, tmp_path, flags, says):

@@ -84,7 +84,9 @@ OTHER = {"bool": "true", "int": "3", "float": "0.25", "json": '{"a": 1}', "str":
 )
 def test_what_does_not_apply_is_refused_with_its_reason(script, name):
     flag = FLAGS[script][name]
-    value = next((choice for choice in flag.get("choices", ()) if choice != flag.get("default")), None)
+    value = next(
+        (choice for choice in flags.CHOICES.get(name, flag.get("choices", ())) if choice != flag.get("default")), None
+    )
     value = value or OTHER[flag.get("kind", "str")]
     if flag.get("kind") == "bool" and (flag.get("default") is True or name in flags.HARMLESS):
         value = "false"
@@ -230,6 +232,7 @@ def test_total_episodes_count_the_answers_of_a_run():
         ({"lora_target_modules": ["ln_1"]}, "it has c_attn, c_fc, c_proj"),
         ({"lora_modules_to_save": ["nosuch"]}, "--lora_modules_to_save nosuch"),
         ({"lora_target_parameters": ["nosuch"], "lora_dropout": 0.0}, "--lora_target_parameters nosuch"),
+        ({"lora_target_parameters": ["c_attn.weight"], "lora_dropout": 0.0}, "--lora_target_parameters c_attn.weight"),
     ],
 )
 def test_each_layer_that_a_flag_names_is_in_the_model(base, given, says):
