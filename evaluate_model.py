@@ -59,6 +59,9 @@ def split_names(text: str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
+MODELS = ("config.json", "adapter_config.json", "started.json")  # what tells the folder of a model or of a run
+
+
 def check(args) -> None:
     """Refuse what could only end in a misleading report, or in none, before a library is imported."""
     from prepare_data import check_names
@@ -71,9 +74,6 @@ def check(args) -> None:
         raise UserError(
             "--dataset_names is missing: give those that the model was trained on; see prepare_data.py --list"
         )
-    folder = Path(args.output_dir)  # never a model's or a run's, which others take for what it was
-    if taken := [name for name in ("config.json", "adapter_config.json", "started.json") if (folder / name).exists()]:
-        raise UserError(f"--output_dir {folder} is a model's folder (it has {taken[0]}): give another one")
     if args.dataset_names and args.eval_dataset_names:
         raise UserError("give --dataset_names or --eval_dataset_names, not both")
     if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):
@@ -83,7 +83,7 @@ def check(args) -> None:
     for flag in ("model_name_or_path", "baseline", "reward_model_name_or_path"):
         for name in split_names(getattr(args, flag)):
             missing_path(flag, name)
-    if any((Path(args.output_dir) / name).exists() for name in ("config.json", "adapter_config.json")):
+    if any((Path(args.output_dir) / name).exists() for name in MODELS):
         raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
     check_folder("--output_dir", args.output_dir)
     check_names("preference" if not args.model_name_or_path else "prompt", args.dataset_names, args.eval_dataset_names)

@@ -53,8 +53,9 @@ def evaluate(folder, **flags):
     """(report.json, samples.csv) of a run in this process."""
     flags = {"response_length": 8, "output_dir": folder, **flags}
     evaluate_model.main(evaluate_model.make_parser().parse_args([f"--{key}={value}" for key, value in flags.items()]))
-    with (folder / "samples.csv").open(newline="") as file:
-        return json.loads((folder / "report.json").read_text()), list(csv.DictReader(file))
+    with (folder / "samples.csv").open(newline="") as file:  # a text like a formula has an apostrophe before
+        rows = [{k: re.sub(r"^'(?=[=+\-@\t\r])", "", v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return json.loads((folder / "report.json").read_text()), rows
 
 
 def figures(report, label):

@@ -64,5 +64,7 @@ def test_a_run_is_resumed_with_the_same_updates_and_critic(saved, data, tmp_path
     run_script("ppo_training", max_steps=1, **flags)
     (tmp_path / "ppo" / "run.json").unlink()
     for changed in ({"num_ppo_epochs": 2}, {"value_adapter": True}, {"num_mini_batches": 2}):
-        with pytest.raises(UserError, match=f"started with other arguments:\n  {list(changed)[0]}: left out, and now"):
+        with pytest.raises(
+            UserError, match=f"started with other arguments or inputs:\n  {list(changed)[0]}: left out, and now"
+        ):
             run_script("ppo_training", max_steps=1, **(flags | changed))

@@ -99,7 +99,7 @@ def check_names(task: str, *names: str | None) -> None:
     Raises:
         UserError: for an unknown name, a missing or unreadable file, a dataset that does not serve the task.
     """
-    for text in filter(None, names):
+    for text in (text for text in names if text is not None):
         found = parse_names(text)
         if not any(on_hub(name) for name in found):
             resolve([text], task, None, 1)

@@ -7,7 +7,9 @@ learns to stop.
 """
 
 from collections import Counter
+from pathlib import Path
 
+from rlhf.models.fingerprints import sha256_of
 from rlhf.models.templates import (
     PLAIN_TEMPLATE,
     PROBE,
@@ -242,12 +244,13 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
             size = sum(len(ids) for column, ids in example.items() if column.endswith("ids"))
             yield example | {"problem": problem, "size": size, "source": row.get("dataset", name), "place": place}
 
-    def encode_batch(batch, places):
+    def encode_batch(batch, places, code):  # `code` makes datasets' cache forget what other code has tokenised
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         examples = [example for row, place in zip(rows, places, strict=True) for example in encode_row(row, place)]
         return {column: [example[column] for example in examples] for column in examples[0]}
 
     columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
+    options["fn_kwargs"] = {"code": sha256_of(*sorted(Path(__file__).parent.glob("*.py")))}
     with PartialState().main_process_first():  # one process writes the cache, the others read it
         encoded = dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=columns, **options)
         kept = encoded

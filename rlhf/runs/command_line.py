@@ -112,6 +112,8 @@ class StageParser:
         from rlhf.runs.arguments import build
 
         parsed, self.machine = build(self.classes(), values, self.stage_defaults)
+        for arguments in parsed:
+            hide_secrets(arguments)
         return parsed
 
     def read(self, args: list[str]) -> dict:
@@ -244,8 +246,6 @@ def run(main, make_parser):
     try:
         parser = make_parser()
         parsed = parser.parse_args_and_config()
-        for arguments in parsed:
-            hide_secrets(arguments)
         if first:
             print(f"machine: {parser.machine}")
         try:

@@ -105,6 +105,7 @@ RANGES = {
     " generate_eval_samples kl_coef missing_eos_penalty neftune_noise_alpha num_sample_generations"
     " max_grad_norm router_aux_loss_coef stop_token_id value_warmup_updates vf_coef warmup_steps weight_decay",
     "[1, inf)": "dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps"
+    " max_pairs_per_prompt"
     " generate_eval_length gradient_accumulation_steps local_rollout_forward_batch_size lora_r max_eval_prompts"
     " max_eval_samples max_prompt_length num_mini_batches num_ppo_epochs per_device_eval_batch_size"
     " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps response_length save_total_limit"

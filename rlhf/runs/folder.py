@@ -70,11 +70,6 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
 def check_place(folder: Path, inputs: list[str]) -> None:
     """Raises a UserError for a folder that is, holds or lies in an input's or another run's, or that is locked."""
     place = folder.resolve()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file: give a folder")
-    parent = next(above for above in (place, *place.parents) if above.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"--output_dir {folder}: {parent} cannot be written to")
     names = {name for entry in inputs for name in (entry, *resolve_inputs(entry))}
     for other in sorted(Path(name).resolve() for name in names if Path(name).is_dir()):
         if place == other or place in other.parents or other in place.parents:

@@ -6,6 +6,7 @@ import torch
 
 from rlhf.user_error import UserError
 
+UNMOVED = 1e-12  # a change of a weight's sum that no step worth its name leaves
 CAUSES = (
     "lower --learning_rate, keep --max_grad_norm at 1 or below, or compute in --bf16 instead of --fp16;\n"
     "  what was saved before is kept"
@@ -29,7 +30,7 @@ class Sound:
                 "not one step was trained, so there is nothing to save: fewer rows than a batch?\n"
                 "  lower --per_device_train_batch_size, leave out --dataloader_drop_last, give more --num_train_epochs"
             )
-        if self.trained_sums() == before:
+        if torch.allclose(self.trained_sums(), before, rtol=0, atol=UNMOVED):
             raise UserError(
                 f"{self.state.global_step} steps changed not one weight, so there is nothing to save\n"
                 f"  the rate is {self.args.learning_rate:g}: is it, --lora_alpha or the loss always 0, or every step "
@@ -43,15 +44,15 @@ class Sound:
         own = {name: p.detach() for name, p in named if p.requires_grad}
         return {name: p.to_local() if hasattr(p, "to_local") else p for name, p in own.items()}
 
-    def trained_sums(self) -> list[list[float]]:
-        """Two sums of each trained weight: training that leaves all of them as they were has done nothing.
+    def trained_sums(self) -> torch.Tensor:
+        """Two sums of each trained weight, (weights, 2): training that leaves all as they were has done nothing.
 
         A critic's are left out: it is not what a run is for.
         """
         critic = getattr(self.accelerator.unwrap_model(self.model), "value_parameters", dict)()
         weights = [weight for name, weight in self.trained().items() if name not in critic]
         sums = [[w.sum(dtype=torch.float64), w.abs().sum(dtype=torch.float64)] for w in weights]
-        return torch.tensor(sums).tolist()
+        return torch.tensor(sums, dtype=torch.float64)
 
     def check_weights(self) -> None:
         """Raises a UserError that names the first trained weight that is not finite."""

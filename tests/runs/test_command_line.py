@@ -175,7 +175,7 @@ def test_every_yaml_of_ours_is_a_whole_run():
 
 
 SKELETON = (
-    "find_resume(", "load_tokenizer(", "load_datasets(", "tokenize,", "describe(", "watch(", "plan(", "dry_run",
+    "find_resume(", "load_tokenizer(", "load_datasets(", "tokenize_all(", "describe(", "watch(", "plan(", "dry_run",
     "trainer.train(", "trainer.save_model(", "finish(", "def make_parser", "run(main, make_parser)",
 )  # fmt: skip
 

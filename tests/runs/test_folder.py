@@ -230,7 +230,7 @@ def test_a_named_checkpoint_is_proven_too(inputs, base, data, tmp_path):
     assert steps(tmp_path / "other") == [3, 4]
     with pytest.raises(UserError, match="seed: left out, and now 7"):
         run_script("sft_training", output_dir=tmp_path / "third", **flags, **named, seed=7)
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="there is no such"):
         run_script("sft_training", output_dir=tmp_path / "x", **flags, resume_from_checkpoint=tmp_path / "nowhere")
 
 
@@ -246,13 +246,13 @@ def test_one_run_a_folder(base, data, tmp_path):
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("BASE", "which this run reads"),
+        ("BASE", "is the model to start from"),
         ("BASE/inside", "which this run reads"),
         ("BASE/..", "which this run reads"),
         ("SFT/dpo", "which this run reads"),
         ("REWARD/ppo", "the folder of another run"),
         ("FILE", "is a file"),
-        ("FILE/below", "cannot be written to"),
+        ("FILE/below", "cannot write"),
         ("NOTES", "is not empty"),
     ],
 )

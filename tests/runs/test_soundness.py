@@ -60,20 +60,19 @@ def test_the_first_value_that_is_not_finite_stops_the_run(stage, road, saved, ba
 @pytest.mark.parametrize(
     ("stage", "flags", "says"),
     [
-        ("sft", {"learning_rate": 0.0}, "changed not one weight"),
-        ("reward", {"lora_alpha": 0, "model_name_or_path": "BASE", "learning_rate": 0.0}, "changed not one weight"),
+        ("sft", {"learning_rate": 1e-30}, "changed not one weight"),
+        ("reward", {"learning_rate": 1e-30}, "changed not one weight"),
         ("dpo", {"learning_rate": 1e-30}, "changed not one weight"),
         (
             "sft",
             {"dataloader_drop_last": True, "per_device_train_batch_size": 200, "max_steps": -1},
             "less than one batch",
         ),
-        ("ppo", {"learning_rate": 0.0}, "changed not one weight"),
+        ("ppo", {"learning_rate": 1e-30}, "changed not one weight"),
         ("ppo", {"value_warmup_updates": 3}, "changed not one weight"),
     ],
 )
 def test_a_run_that_trains_nothing_is_no_result(stage, flags, says, saved, base, data, tmp_path):
-    flags = {name: base if value == "BASE" else value for name, value in flags.items()}
     with pytest.raises(UserError, match=says):
         run_script(STAGES[stage], **flags_of(stage, saved, base, data, tmp_path / "run") | flags)
     assert not (tmp_path / "run" / "run.json").exists()
