@@ -8,8 +8,9 @@ SEED ?= 0
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
 
+# a process a core, each on one thread
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # minutes: merges and runs killed at many moments, full disks
 test-slow: .venv/ready

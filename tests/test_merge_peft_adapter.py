@@ -380,7 +380,7 @@ def add_token(adapter):
         ("sft", lose_layer, "has no base_model.model.transformer.h.1.attn"),
         ("sft", add_layer, "which the base has not"),
         ("sft", widen, "size mismatch"),
-        ("sft", not_a_number, "nothing was kept"),
+        ("sft", not_a_number, "holds values that are not finite"),
         ("sft", truncate, "cannot load"),
         ("sft", empty, "cannot load"),
         ("sft", add_token, "but embeddings for"),

@@ -113,7 +113,6 @@ def change_the_template(path):
         ({"per_device_train_batch_size": 4}, None, "rows a step: 2, and now 4"),
         ({"lora_r": 4}, None, "lora_r: left out, and now 4"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_run_is_resumed_with_the_same_inputs_or_refused_by_name(inputs, tmp_path, flags, change, says):
     saved, plain = copied(inputs, tmp_path)
