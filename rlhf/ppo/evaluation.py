@@ -75,3 +75,25 @@ class LastEvaluation(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.eval_strategy != "no" and state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class Collapse(TrainerCallback):
+    """Says once that a policy has collapsed, when so many logged updates in a row show it."""
+
+    ROWS, LEAST_ENTROPY, MOST_KL = 10, 0.01, 200  # nats a token, nats an answer
+
+    def __init__(self):
+        self.seen = {"entropy": 0, "kl": 0}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "objective/kl" not in logs:
+            return
+        shown = {
+            "entropy": (logs["policy/entropy_avg"], logs["policy/entropy_avg"] < self.LEAST_ENTROPY),
+            "kl": (logs["objective/kl"], logs["objective/kl"] > self.MOST_KL),
+        }
+        turn = {"entropy": "raise --kl_coef or --entropy_coef", "kl": "raise --kl_coef, or try --adaptive_kl_target 6"}
+        for name, (value, bad) in shown.items():
+            self.seen[name] = self.seen[name] + 1 if bad else 0
+            if self.seen[name] == self.ROWS and state.is_world_process_zero:
+                tqdm.write(f"the policy has collapsed ({name} {value:.3g}): stop, {turn[name]}, lower --learning_rate")

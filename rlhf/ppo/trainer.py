@@ -24,7 +24,7 @@ from rlhf.ppo.algorithm import (
 )
 from rlhf.ppo.batches import BatchSampler, mini_batch_rows
 from rlhf.ppo.config import PPOConfig, trainer_arguments
-from rlhf.ppo.evaluation import LastEvaluation, evaluate, show_samples
+from rlhf.ppo.evaluation import Collapse, LastEvaluation, evaluate, show_samples
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.policy_and_value import PolicyAndValue, prepare, reference_of
 from rlhf.user_error import UserError
@@ -62,7 +62,7 @@ class PPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[LastEvaluation(), *(callbacks or [])],
+            callbacks=[LastEvaluation(), Collapse(), *(callbacks or [])],
             **kwargs,
         )
         if self.is_fsdp_enabled:  # sampling and scoring call parts of the model, each of which holds a shard

@@ -1,6 +1,7 @@
 """The PPO trainer's promises, and those of what it trains with: `pytest tests/ppo/test_trainer.py`."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rlhf.models.rewards import load_reward
 from rlhf.ppo.algorithm import advantages_and_returns, kl_per_token, token_rewards, whiten
 from rlhf.ppo.batches import BatchSampler, mini_batch_rows
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.evaluation import Collapse
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.user_error import UserError
 
@@ -398,3 +400,10 @@ def test_a_prompt_set_smaller_than_a_batch_is_refused(saved, tmp_path):
 def test_mini_batches_must_divide_the_batch():
     with pytest.raises(ValueError, match="num_mini_batches 3 does not divide"):
         PPOConfig(output_dir="x", use_cpu=True, per_device_train_batch_size=8, num_mini_batches=3)
+
+
+def test_a_collapsed_policy_is_said_once(capsys):
+    watch, state = Collapse(), SimpleNamespace(is_world_process_zero=True)
+    for kl in [300.0] * 9 + [5.0] + [300.0] * 30:
+        watch.on_log(None, state, None, logs={"objective/kl": kl, "policy/entropy_avg": 1.0})
+    assert capsys.readouterr().out.count("the policy has collapsed (kl 300): stop, raise --kl_coef") == 1
