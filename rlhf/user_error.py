@@ -1,6 +1,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -98,8 +99,15 @@ def check_folder(flag: str, folder) -> None:
         raise UserError(f"{flag}: cannot write {str(folder)[:120]}: {error.strerror}") from error
 
 
+def end_quietly() -> None:
+    """Let a closed pipe, as after `| head`, end the process: there is nothing to save."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def run_tool(main, make_parser) -> None:
     """The guard of a command that trains nothing: argparse's parser, and a mistake's exit code."""
+    end_quietly()
     try:
         main(make_parser().parse_args())
     except UserError as error:

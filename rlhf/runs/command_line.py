@@ -18,7 +18,7 @@ from rlhf.runs.flags import COMMON
 from rlhf.runs.renamed import NO_SUCH, RENAMED
 from rlhf.runs.signals import Stopped, listen
 from rlhf.runs.yaml_files import read_yaml
-from rlhf.user_error import UserError, mistake
+from rlhf.user_error import UserError, end_quietly, mistake
 
 NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)")
 
@@ -123,6 +123,7 @@ class StageParser:
         self.aliases = {alias: name for name, flag in self.flags.items() for alias in flag.get("aliases", ())}
         given, values, typed = split(args), {}, set()
         if {"help", "help_all", "h"} & {name for name, _ in given}:
+            end_quietly()
             print(self.help(everything=any(name == "help_all" for name, _ in given)))
             sys.exit(0)
         for name, paths in given:
