@@ -153,7 +153,15 @@ def main(args):
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from rlhf.models.adapters import check_base, load_adapter, load_sum, read_config, resize_for, resolve_adapters
+    from rlhf.models.adapters import (
+        check_apart,
+        check_base,
+        load_adapter,
+        load_sum,
+        read_config,
+        resize_for,
+        resolve_adapters,
+    )
     from rlhf.models.loading import load_merge_base, read_tokenizer
     from rlhf.models.rewards import STATISTICS
 
@@ -170,6 +178,7 @@ def main(args):
     for name, (named, _) in list(zip(names, chains, strict=True))[1:]:
         if named != chains[0][0]:
             check_base(base, named, name)
+    check_apart("--output_name", output, [*names, base])
     tokenizer = read_tokenizer(names[0], base=base)
     stored = str(read_config(base).get("dtype") or read_config(base).get("torch_dtype"))
     dtype = args.dtype or (stored if stored in DTYPES else "float32")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf.data.layouts import comparison, conversation, instruction, oasst_tree, ranks_of
 from rlhf.data.loading import check_names, load_datasets
-from rlhf.data.messages import Skip, assistant, user
+from rlhf.data.messages import BadRow, Skip, assistant, user
 from rlhf.data.mixing import describe
 from rlhf.data.rows import SERVES, Demonstration, Preference, Prompt, Ranking, demonstration, kind_for, kinds_of
 from rlhf.data.sources import DATASETS, dataset
@@ -33,7 +33,15 @@ from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, n
 )
 def uc(row) -> Demonstration:
     """UltraChat: conversations of several turns written by ChatGPT (231k, MIT)."""
+    same_prompt(row, row["messages"])
     return demonstration(row["messages"])
+
+
+def same_prompt(row, messages) -> None:
+    """Raises a BadRow where a file that has UltraChat's columns says something else in `prompt` than in the turns."""
+    first = next((turn["content"] for turn in messages if turn["role"] == "user"), None)
+    if row.get("prompt") not in (None, "", first):
+        raise BadRow("'prompt' is not the conversation's first question")
 
 
 @dataset(
@@ -48,6 +56,7 @@ def uc(row) -> Demonstration:
 )
 def ufb(row) -> Preference:
     """UltraFeedback: the best of four models' answers and another one, scored by GPT-4 (63k pairs, MIT)."""
+    same_prompt(row, row["chosen"])
     return comparison({key: row[key] for key in ("chosen", "rejected", "score_chosen", "score_rejected")})
 
 
@@ -69,6 +78,8 @@ def hh(row) -> Preference:
 )
 def shp(row) -> Preference:
     """Reddit answers, one upvoted at least twice as often; @askculinary etc. (386k pairs, Reddit's terms)."""
+    if row["labels"] not in (0, 1):
+        raise BadRow("'labels' is neither 0 nor 1")
     better, worse = ("A", "B") if row["labels"] == 1 else ("B", "A")
     return {
         "prompt": [user(plain(row["history"]))],

@@ -543,3 +543,13 @@ def test_the_bases_generation_config_is_carried_over(base, tmp_path):
     merge(adapter_model_name=adapter, output_name=tmp_path / "merged")
     theirs = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert theirs["temperature"] == 0.6 and theirs["eos_token_id"] == [0, 7]
+
+
+def test_a_merge_does_not_replace_what_it_reads(saved, tmp_path):
+    merged = tmp_path / "merged"
+    main(make_parser().parse_args(["--adapter_model_name", saved["sft"], "--output_name", str(merged)]))
+    inside = shutil.copytree(saved["sft"], merged / "mine")
+    again = ["--adapter_model_name", str(inside), "--output_name", str(merged), "--overwrite"]
+    with pytest.raises(UserError, match="--output_name .* would write into .*mine, which is read"):
+        main(make_parser().parse_args(again))
+    assert (inside / "adapter_model.safetensors").exists()

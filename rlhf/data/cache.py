@@ -150,6 +150,8 @@ def usable_rows(source: Source, task: str, raw, unused: set[str]) -> Iterator[di
         yield skip
     except KeyError as error:
         yield BadRow(f"no column {error}")
+    except RecursionError:
+        yield BadRow("a value is nested too deep")
     except (TypeError, AttributeError, ValueError, IndexError):
         yield BadRow(f"{raw.last!r} is of the wrong type")
 

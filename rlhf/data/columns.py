@@ -23,7 +23,8 @@ NO_MEANING = frozenset(
 REFUSED = frozenset(
     "tools tool tool_calls tool_call tool_call_id tool_choice functions function function_call images image image_url "
     "videos video audios audio reasoning_content reasoning thinking thought thoughts refusal documents mask loss_mask "
-    "loss_scale train_mask weights sample_weight loss_weight chat_template_kwargs".split()
+    "masked train_on_turn train_on_input loss_scale train_mask weights sample_weight loss_weight "
+    "chat_template_kwargs".split()
 )
 SYSTEM = ("system", "system_prompt", "system_message")
 APART = (*SYSTEM, "history")  # the turns that a row of any layout may hold apart
@@ -46,6 +47,8 @@ class Row(dict):
             self.unread.discard(key)
             if isinstance(value, (dict, list)):
                 value = self[key] = watched(value)
+            elif value != value:
+                value = self[key] = None
         return value
 
     def get(self, key, default=None):
@@ -60,10 +63,10 @@ class Row(dict):
 
 
 def watched(value):
-    """The value with a Row for every dict in it."""
+    """The value with a Row for every dict in it, and None for NaN, which is how a table without nulls writes it."""
     if isinstance(value, dict):
         return value if isinstance(value, Row) else Row(value)
-    return [watched(item) if isinstance(item, (dict, list)) else item for item in value]
+    return [watched(item) if isinstance(item, (dict, list)) else item if item == item else None for item in value]
 
 
 def nothing(value) -> bool:
@@ -72,7 +75,7 @@ def nothing(value) -> bool:
         return not value or value.isspace()
     if isinstance(value, (dict, list)):
         return all(map(nothing, value.values() if isinstance(value, dict) else value))
-    return value is None
+    return value is None or value != value  # NaN
 
 
 def left_over(value, path: str = "") -> Iterator[tuple[str, object]]:
@@ -101,6 +104,7 @@ def unused_columns(row: Row, known: frozenset, only_asks: bool) -> list[str]:
         key = path.rpartition(".")[2]
         if key in known:
             continue
+        key = key.lower()
         if key in REFUSED or key in MARKS or key in APART:
             raise BadRow(f"{path!r} changes the meaning and cannot be used: convert it, or --ignore_columns {path}")
         plain = isinstance(value, (str, numbers.Number, datetime.date)) and not isinstance(value, bool)

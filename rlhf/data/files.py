@@ -99,6 +99,10 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
         line += gap.group().count("\n")
         closed = "]" in gap.group() or (closed and gap.end() == len(text))
         position = gap.end()
+        if closed and position < len(text):
+            raise UserError(
+                f"{path}:{line}: something follows the end of the list\nmake it one list, or one row a line"
+            )
         if position == len(text):
             if ended:
                 break
@@ -129,7 +133,10 @@ def csv_rows(stream, path) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131 KB
     reader = csv.DictReader((line for _, line in text_lines(stream, path)), strict=True)
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        refuse_twice(path, names)
         for row in reader:
+            row.pop("", None)  # the index that pandas writes
             if None in row or None in row.values():
                 yield reader.line_num, BadRow("cells do not match the header")
             else:
@@ -140,6 +147,11 @@ def csv_rows(stream, path) -> Iterator[tuple[int, object]]:
         ) from error
 
 
+def refuse_twice(path, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {twice[0]!r}\nrename or remove one of them")
+
+
 def parquet_rows(stream, path) -> Iterator[tuple[int, object]]:
     """The rows of a Parquet file; the number is the row's, counted from 1."""
     import pyarrow as pa
@@ -147,7 +159,9 @@ def parquet_rows(stream, path) -> Iterator[tuple[int, object]]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=500):
+        file = pq.ParquetFile(stream)
+        refuse_twice(path, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=500):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row

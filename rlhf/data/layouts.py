@@ -26,7 +26,7 @@ from rlhf.data.trees import KEYS, tree_rows, trees_of
 from rlhf.user_error import UserError
 
 LAYOUTS: list["Layout"] = []
-ANSWERED = "completion|response|RESPONSE|output|label|answer"
+ANSWERED = "completion|response|RESPONSE|output|answer|label"  # beside another, `label` is the mark of an answer
 TALK = "messages|conversations"
 ASKED_OR_TALK = f"{ASKED}|{TALK}"
 BETTER = "chosen|chosen_response|response_j|chosen_messages"
@@ -184,7 +184,7 @@ def ranked_responses(row) -> Ranking:
     elif has(row, "scores"):
         ranks = ranks_of(numbers_of(row["scores"]))
     else:
-        ranks = a_list(row["ranks"]) if has(row, "ranks") else list(range(len(responses)))
+        ranks = numbers_of(row["ranks"]) if has(row, "ranks") else list(range(len(responses)))
     return {"prompt": question(row), "responses": responses, "ranks": ranks}
 
 
@@ -194,6 +194,8 @@ def ranks_in(notation: str) -> dict[str, int]:
         raise BadRow("a ranking uses '<' or '>', and not both")
     sign = "<" if "<" in notation else ">"
     groups = [[name.strip() for name in group.split("=")] for group in notation.split(sign)]
+    if len(names := [name for group in groups for name in group]) > len(set(names)):
+        raise BadRow("a ranking names an answer twice")
     return {name: rank for rank, group in enumerate(groups[::-1] if sign == "<" else groups) for name in group}
 
 
@@ -203,6 +205,7 @@ def summary_pair(row) -> Preference:
     info, choice, texts = row["info"], row["choice"], [summary["text"] for summary in a_list(row["summaries"])]
     if choice not in (0, 1) or isinstance(choice, bool) or len(texts) != 2:
         raise BadRow("'choice' is not the place, 0 or 1, of one of two summaries")
+    choice = int(choice)
     fields = ("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("ARTICLE: ", "article")
     post = "".join(f"{name}{info[key]}\n" for name, key in fields if has(info, key))
     chosen, rejected = assistant(texts[choice]), assistant(texts[1 - choice])
@@ -285,7 +288,10 @@ def seed_task(row) -> list[Demonstration]:
 @layout(ASKED, ANSWERED)
 def instruction(row) -> Demonstration:
     """A question, below it `input` or `context` if there is one, and the answer."""
-    return {"prompt": question(row), "completion": as_messages(pick(row, ANSWERED), "assistant")}
+    answer = pick(row, ANSWERED)
+    if not isinstance(answer, str) and not any(has(row, key) for key in ANSWERED.split("|") if key != "label"):
+        raise BadRow("'label' is a mark, and no column holds the answer")
+    return {"prompt": question(row), "completion": as_messages(answer, "assistant")}
 
 
 @layout("text")

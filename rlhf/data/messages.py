@@ -1,9 +1,12 @@
 """Messages out of what datasets hold: texts, transcripts, lists in several keys, and lists stored as text."""
 
 import ast
+import contextlib
+import io
 import json
 import math
 import re
+import tokenize
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 ROLES = {
@@ -55,7 +58,8 @@ def parse_transcript(text: str) -> list[Message]:
 def as_messages(value, role: str = "user") -> list[Message]:
     """Messages from what datasets hold: a text, an HH transcript, one message, or a list of them, as text too."""
     if isinstance(value, str):
-        if value.lstrip().startswith("Human:"):
+        # HH's own opening; or one that was stripped of it, with an answer to tell it from a text about some Human
+        if value.startswith("\n\nHuman:") or value.lstrip().startswith("Human:") and "\n\nAssistant:" in value:
             return parse_transcript(value)
         value = written_messages(value) or value
     if isinstance(value, dict):
@@ -79,8 +83,22 @@ def written_messages(text: str) -> list[dict] | None:
     return turns
 
 
+def tokens_of(text: str) -> list:
+    """Python's tokens of a text but for line breaks, as far as it is Python."""
+    found = []
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
+            if token.type != tokenize.NL:
+                found.append(token)
+    return found
+
+
 def parsed(text: str):
     """The value that a text writes down as JSON or as Python's repr, numpy's line breaks included, or None."""
+    if re.search(r"""(['"])\s+['"]""", text) and text.lstrip().startswith("["):
+        quoted = [token.type == tokenize.STRING for token in tokens_of(text)]
+        if any(map(all, zip(quoted, quoted[1:], strict=False))):  # Python would join them
+            raise BadRow("a list without commas between its texts, as numpy prints one: write it as JSON")
     for parse in (json.loads, lambda text: ast.literal_eval(text.strip().replace("}\n {", "}, {"))):
         try:
             return parse(text)
@@ -96,7 +114,7 @@ def as_message(turn) -> Message:
     role, content = ("role", "content") if turn.get("role") is not None else ("from", "value")
     message = {"role": known_role(turn.get(role)), "content": turn.get(content)}
     for mark in MARKS if len(turn) > 2 else ():
-        if turn.get(mark) is not None:
+        if turn.get(mark) not in (None, ""):
             answers = message["role"] == "assistant"
             if is_set(mark, turn[mark]) is not answers:
                 if not answers:

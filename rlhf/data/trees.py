@@ -7,7 +7,7 @@ left out with all that hangs below them, and counted.
 import math
 from collections.abc import Iterator
 
-from rlhf.data.messages import BadRow, Skip
+from rlhf.data.messages import BadRow, Skip, is_set
 from rlhf.data.rows import Demonstration, Prompt, Ranking
 from rlhf.user_error import UserError
 
@@ -27,7 +27,10 @@ def trees_of(rows) -> Iterator[tuple[str, object]]:
             hash((row["message_id"], row.get("parent_id")))  # a TypeError where an id is a list
             node = {key: value for key, value in row.items() if key in KEPT or key not in known}
             state = row.get("tree_state") or "ready_for_export"
-            nodes[row["message_id"]] = (node, row.get("parent_id"), state, place)
+            if row["message_id"] in nodes:
+                yield place, BadRow("a 'message_id' that another message has")
+            else:
+                nodes[row["message_id"]] = (node, row.get("parent_id") or None, state, place)
         except (AttributeError, KeyError, TypeError):
             yield place, row if isinstance(row, BadRow) else BadRow("no usable 'message_id'")
     for node, parent, state, place in nodes.values():
@@ -37,13 +40,26 @@ def trees_of(rows) -> Iterator[tuple[str, object]]:
             nodes[parent][0].setdefault("replies", []).append(node)
         else:
             yield place, BadRow("the parent message is missing")
+    reached, stack = set(), [tree["prompt"] for _, tree in roots]
+    while stack:
+        reached.add(id(node := stack.pop()))
+        stack += node.get("replies", [])
+    for node, parent, _, place in nodes.values():
+        if parent in nodes and id(node) not in reached:
+            yield place, BadRow("its tree has no root that is there")
     yield from roots
 
 
 def left_out(node) -> str | None:
     """Why a message is not to be learnt from, or None."""
-    reasons = ("deleted", node.get("deleted")), ("rejected", node.get("review_result") is False)
-    return next((reason for reason, holds in (*reasons, ("synthetic", node.get("synthetic"))) if holds), None)
+    for reason, mark, bad in (
+        ("deleted",) * 2 + (True,),
+        ("rejected", "review_result", False),
+        ("synthetic",) * 2 + (True,),
+    ):
+        if node.get(mark) not in (None, "") and is_set(mark, node[mark]) is bad:
+            return reason
+    return None
 
 
 def size(node) -> int:
@@ -85,11 +101,11 @@ def tree_rows(root, subset: str = "") -> Iterator[Demonstration | Ranking | Prom
                 replies.append(reply)
         asks = node["role"] in ("prompter", "user")
         if asks:
-            replies.sort(key=lambda reply: math.inf if reply.get("rank") is None else reply["rank"])
+            replies.sort(key=lambda reply: math.inf if reply.get("rank") is None else float(reply["rank"]))
             yield {"prompt": path, "reference": replies[0]["text"] if replies else ""}
             ranked = [reply for reply in replies if reply.get("rank") is not None]
             if len(ranked) > 1:
-                texts, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
+                texts, ranks = [reply["text"] for reply in ranked], [float(reply["rank"]) for reply in ranked]
                 yield {"prompt": path, "responses": texts, "ranks": ranks}
         if best and not replies:
             fresh = [i for i, turn in enumerate(path) if i >= done and turn["role"] == "assistant"]

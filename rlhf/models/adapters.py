@@ -105,6 +105,22 @@ def check_finite(weights, name: str) -> None:
             raise UserError(f"{name} is damaged: {key} holds values that are not finite\n  bring back a whole copy")
 
 
+def check_apart(flag: str, output, inputs) -> None:
+    """Raises a UserError for an output that is, holds or lies in what is read: writing it would change or remove that.
+
+    Args:
+        inputs: models and adapters by name; their bases count, a reward function's file does not.
+    """
+    place, read = Path(output).resolve(), set()
+    for name in inputs:
+        if name and ".py:" not in name and Path(name).is_dir():
+            base, adapters = resolve_adapters(name, moved=True)
+            read |= {name, base, *adapters}
+    for other in sorted(Path(name).resolve() for name in read if Path(name).is_dir()):
+        if place == other or place in other.parents or other in place.parents:
+            raise UserError(f"{flag} {output} would write into {other}, which is read: give another folder")
+
+
 def merge_command(adapter: str) -> str:
     return f"python merge_peft_adapter.py --adapter_model_name={adapter} --output_name={adapter.rstrip('/')}_merged"
 

@@ -24,6 +24,14 @@ def weights_sha256(name: str, revision: str | None = None) -> str | None:
     return sha256_of(*files) if files else None
 
 
+def configs_sha256(name: str, revision: str | None = None) -> str | None:
+    """The hash of what says how a model's or an adapter's weights are used; None if it is not on this machine."""
+    folder = find_weights(name, revision)
+    files = [folder / file for file in ("config.json", "adapter_config.json")] if folder else []
+    files = [path for path in files if path.is_file()]
+    return sha256_of(*files) if files else None
+
+
 def sha256_of(*paths: Path) -> str:
     """The hash of files, one after another."""
     digest = hashlib.sha256()

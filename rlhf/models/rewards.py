@@ -18,7 +18,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from rlhf.models.adapters import adapter_weights, base_revision, explain_load
-from rlhf.models.fingerprints import sha256_of, tokenizer_sha256, weights_sha256
+from rlhf.models.fingerprints import configs_sha256, sha256_of, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import (
     differing_tokens,
     load_reward_model,
@@ -51,14 +51,14 @@ class RewardModel:
         self.model, self.head, self.tokenizer, self.name, self.adapter = model, head, tokenizer, name, adapter
         self.same_tokens = not differs
         self.max_length = max_positions(plain(model))
-        path = Path(name) / STATISTICS
-        statistics = json.loads(path.read_text()) if path.exists() else {}
-        self.mean, self.std = statistics.get("mean"), statistics.get("std")
+        self.mean, self.std = read_statistics(Path(name) / STATISTICS)
 
     def fingerprint(self) -> list[str]:
         """Hashes of all that decides its scores."""
         base, adapter = resolve_model(self.name)
-        hashes = [weights_sha256(name) or name for name in (base, adapter) if name]
+        hashes = [
+            part for name in (base, adapter) if name for part in (weights_sha256(name) or name, configs_sha256(name))
+        ]
         return [*hashes, tokenizer_sha256(self.tokenizer), str(self.mean), str(self.std)]
 
     def score_tokens(self, rows: list[list[int]], batch_size: int = 64) -> torch.Tensor:
@@ -152,6 +152,20 @@ class RewardFunction:
             f"the reward function {self.name} {what}\n  prompt: {prompt[-1]['content'][:200]!r}\n"
             f"  answer: {text[:200]!r}"
         )
+
+
+def read_statistics(path: Path) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of a reward model's scores; None where they were not stored."""
+    if not path.exists():
+        return None, None
+    try:
+        statistics = json.loads(path.read_text())
+        mean, std = float(statistics["mean"]), float(statistics["std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        mean = std = math.nan
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"{path} holds no mean and deviation of scores: remove it, or bring back a whole copy")
+    return mean, std
 
 
 def store_statistics(scores: torch.Tensor, folder: str) -> None:

@@ -98,7 +98,7 @@ def in_range(name: str, value: float, where: str) -> None:
     """Raises a UserError for a number that is not finite, or not within the ends that the table gives."""
     if not math.isfinite(value):
         raise UserError(f"{where} {value}: give a finite number")
-    if name == "max_steps" and (value == -1 or value >= 1):
+    if name == "max_steps" and (value == -1 or 1 <= value < 2**32):
         return
     ends = "[1, inf)" if name == "max_steps" else table.RANGE_OF.get(name, "(-inf, inf)")
     low, high = (float(end) for end in ends[1:-1].split(", "))
@@ -106,6 +106,8 @@ def in_range(name: str, value: float, where: str) -> None:
         least = f"at least {low:g}" if ends[0] == "[" else f"above {low:g}"
         most = "" if high == math.inf else f" and {'at most' if ends[-1] == ']' else 'below'} {high:.10g}"
         raise UserError(f"{where} must be {least}{most}, not {value:.10g}")
+    if abs(value) >= 2**32:
+        raise UserError(f"{where} {value:.3g} is too large")
     if name in table.SHARES and value > 1 and value != int(value):
         raise UserError(f"{where} {value:g}: below 1 it is a share of all steps, from 1 on it is whole")
 
@@ -179,8 +181,13 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
         yield f"--lr_scheduler_type {schedule} needs --lr_scheduler_kwargs '{{\"num_decay_steps\": 100}}'"
     if schedule in ("reduce_lr_on_plateau", "greedy") and not (evaluates and best):
         yield f"--lr_scheduler_type {schedule} follows an evaluation: give {metric}, and not --eval_strategy no"
+    multiple = now.get("pad_to_multiple_of")
+    if multiple not in (None, "auto") and not (str(multiple).isdigit() and int(multiple)):
+        yield f"--pad_to_multiple_of must be auto or a whole number from 1 on, not {multiple}"
     if now["load_best_model_at_end"] and not evaluates:
         yield "--load_best_model_at_end: nothing is best with --eval_strategy no"
+    if now["load_best_model_at_end"] and not best:
+        yield f"--load_best_model_at_end: the best model is told by an evaluation: give {metric}"
     if now["save_strategy"] == "best" and not (evaluates and best):
         yield f"the best model is told by an evaluation: give {metric}, and not --eval_strategy no"
     if values.get("eval_on_start") and not evaluates:
@@ -229,6 +236,8 @@ def _stage(script: str, now: dict, values: dict):
             near = nearest(strange[0], table.DPO_LOSSES)
             known = f"did you mean {near}?" if near else f"choose from {', '.join(table.DPO_LOSSES)}"
             yield f"--loss_type: invalid choice: {strange[0]!r} ({known})"
+        if any(weight <= 0 for weight in now["loss_weights"] or ()):
+            yield f"--loss_weights must be above 0, not {min(now['loss_weights']):g}"
         if now["loss_weights"] and len(now["loss_weights"]) != len(losses):
             yield f"--loss_weights: {len(now['loss_weights'])} weights for {len(losses)} losses"
         if "exo_pair" in losses and not smooth:

@@ -9,13 +9,13 @@ ALL = (SFT, REWARD, DPO, PPO)
 # Flags that bear on what is trained, or on how it is measured. Ours are at home in the scripts and not repeated here.
 WORKS = """
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
-    attn_implementation auto_find_batch_size average_tokens_across_devices beta bf16 bf16_full_eval
+    attn_implementation auto_find_batch_size average_tokens_across_devices beta bf16
     bnb_4bit_quant_storage bnb_4bit_quant_type center_rewards_coefficient completion_only_loss data_seed
     dataloader_drop_last ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
     ddp_static_graph ddp_timeout deepspeed disable_dropout discopop_tau dtype eval_delay eval_on_start eval_packing
-    eval_steps eval_strategy f_alpha_divergence_coef f_divergence_type fp16 fp16_full_eval fsdp fsdp_config
+    eval_steps eval_strategy f_alpha_divergence_coef f_divergence_type fp16 fsdp fsdp_config
     full_determinism gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
-    greater_is_better ignore_data_skip label_smoothing label_smoothing_factor ld_alpha learning_rate
+    greater_is_better label_smoothing label_smoothing_factor ld_alpha learning_rate
     liger_kernel_config load_best_model_at_end load_in_4bit load_in_8bit lora_alpha lora_dropout
     lora_modules_to_save lora_r lora_target_modules lora_target_parameters loss_type loss_weights
     lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps metric_for_best_model
@@ -44,12 +44,16 @@ _LOSS = "evaluation keeps losses and metrics here, no predictions; leave it out"
 _ROWS = "rows are read and tokenised before the trainer sees them; leave it out"
 _LOADS = "the script loads the model: see --dtype, --attn_implementation and --model_revision"
 _DOES = "this script trains, and evaluates unless --eval_strategy no; evaluate_model.py evaluates alone"
+_PRECISION = "held-out rows are read in the precision of training: see --bf16; leave it out"
 _NO_LABELS = "pairs have no labels to smooth"
 _UNFIT = "does not fit PPO: "
 _SHAPES = f"{_UNFIT}no two batches have the same shape; leave it out"
 
 # Flags that would do nothing here, or harm: refused with a value that is not their default, with the reason.
 REFUSED = {
+    "bf16_full_eval": {ALL: _PRECISION},
+    "fp16_full_eval": {ALL: _PRECISION},
+    "ignore_data_skip": {ALL: "a run that goes on would see other rows; leave it out"},
     "chat_template_path": {ALL: _KEEPS},
     "eos_token": {ALL: _KEEPS},
     "pad_token": {ALL: _KEEPS},
@@ -122,6 +126,7 @@ RANGE_OF = {name: ends for ends, names in RANGES.items() for name in names.split
 SHARES = ("eval_steps", "logging_steps", "save_steps", "warmup_steps")  # below 1 a share of all steps, else whole
 
 CHOICES = {  # where the libraries' parsers know none
+    "debug": ["underflow_overflow", "tpu_metrics_debug"],
     "f_divergence_type": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
     "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     "report_to": "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab"

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from rlhf.models.loading import resolve_adapters
+from rlhf.models.adapters import check_apart
 from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest
 from rlhf.runs.identity import STARTED, check_same, identity_of, read_started, start
 from rlhf.runs.log import say
@@ -70,12 +70,7 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
 def check_place(folder: Path, inputs: list[str]) -> None:
     """Raises a UserError for a folder that is, holds or lies in an input's or another run's, or that is locked."""
     place = folder.resolve()
-    names = {name for entry in inputs for name in (entry, *resolve_inputs(entry))}
-    for other in sorted(Path(name).resolve() for name in names if Path(name).is_dir()):
-        if place == other or place in other.parents or other in place.parents:
-            raise UserError(
-                f"--output_dir {folder} would write into {other}, which this run reads: give another folder"
-            )
+    check_apart("--output_dir", folder, inputs)
     for above in place.parents:
         if any((above / name).exists() for name in (STARTED, RUN)):
             raise UserError(f"--output_dir {folder} lies in {above}, the folder of another run: give another one")
@@ -83,14 +78,6 @@ def check_place(folder: Path, inputs: list[str]) -> None:
         raise UserError(f"--output_dir {folder} holds another run's folder, {inside.parent}: give another one")
     if (folder / LOCK).exists():
         lock_folder(folder).release()
-
-
-def resolve_inputs(name: str) -> list[str]:
-    """The base and the adapters behind a name, as far as they are here; a reward function's file has none."""
-    if ".py:" in name or not Path(name).is_dir():
-        return []
-    base, adapters = resolve_adapters(name, moved=True)
-    return [base, *adapters]
 
 
 def lock_folder(folder: Path) -> FileLock:
@@ -106,6 +93,8 @@ def lock_folder(folder: Path) -> FileLock:
     except Timeout:
         holder = path.read_text().strip() or "another process"
         raise UserError(f"{folder} is in use by {holder}: wait for it, or choose another --output_dir") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked: {error.strerror or error}") from error
     path.write_text(f"process {os.getpid()} on {platform.node()}\n")
     return lock
 
@@ -115,7 +104,9 @@ def named_checkpoint(checkpoint: Path) -> str:
     manifest = read_manifest(checkpoint)
     problem = problem_with(checkpoint) if checkpoint.is_dir() else "there is no such folder"
     started = read_started(checkpoint.parent) if problem is None else None
-    if started and started["run_id"] != manifest["run_id"]:
+    if problem is None and started is None:
+        problem = f"there is no {STARTED} beside it, which tells what it depends on"
+    elif started and started["run_id"] != manifest["run_id"]:
         problem = f"it is not of the run that {checkpoint.parent / STARTED} tells of"
     if problem:
         raise UserError(f"--resume_from_checkpoint {checkpoint}: {problem}")
@@ -173,7 +164,8 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
             trainer.lock = lock_folder(folder)
             identity = identity_of(trainer, arguments, reward)
             place = Path(checkpoint).parent if checkpoint else folder
-            if checkpoint and (earlier := read_started(place)):
+            if checkpoint:
+                earlier = read_started(place)
                 for line in check_same(place, earlier["identity"], identity):
                     say(f"other versions than at the start of the run: {line}")
                 if place.resolve() == folder.resolve():

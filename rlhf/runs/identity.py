@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rlhf.models.fingerprints import find_weights, sha256_of, tokenizer_sha256, weights_sha256
+from rlhf.models.fingerprints import configs_sha256, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
@@ -17,10 +17,10 @@ from rlhf.user_error import UserError
 STARTED = "started.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 MAY_CHANGE = (  # how the names of arguments begin that do not bear on what is learned
-    "dataloader_", "ddp_", "disable_tqdm", "dry_run", "early_stopping", "eval_", "generate_eval",
-    "gradient_accumulation", "gradient_checkpointing", "hub_", "load_best", "local_rollout", "log", "max_eval",
-    "metric_for", "num_sample", "output_dir", "overwrite", "per_device_", "push_to_hub", "report_to", "resume_from",
-    "run_name", "save_", "use_cpu",
+    "activation_", "dataloader_in", "dataloader_mu", "dataloader_n", "dataloader_p", "ddp_", "disable_tqdm", "do_eval",
+    "dry_run", "early_stopping", "eval_", "generate_eval", "gradient_accumulation", "gradient_checkpointing", "hub_",
+    "load_best", "local_rollout", "log", "max_eval", "metric_for", "num_sample", "output_dir", "overwrite",
+    "per_device_", "push_to_hub", "report_to", "resume_from", "run_name", "save_", "use_cpu",
 )  # fmt: skip
 
 
@@ -41,7 +41,6 @@ def identity_of(trainer, arguments, reward=None) -> dict:
     script_args, training_args, model_args = arguments
     base, adapters = resolve_adapters(model_args.model_name_or_path)
     revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
-    config = (find_weights(base, revision) or Path()) / "config.json"
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     held_out = trainer.eval_dataset or {}
     parts = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}
@@ -52,8 +51,10 @@ def identity_of(trainer, arguments, reward=None) -> dict:
         "held-out rows": {name: rows_sha256(rows) for name, rows in held_out.items()},
         "base model": base,
         "base weights": weights_sha256(base, revision),
-        "base config": sha256_of(config) if config.is_file() else None,
+        "base config": configs_sha256(base, revision),
         "adapter it starts from": weights_sha256(adapters[0]) if adapters else None,
+        "adapter config": configs_sha256(adapters[0]) if adapters else None,
+        "precision": trainer.accelerator.mixed_precision,  # also where the launcher alone sets it
         "tokenizer and template": tokenizer_sha256(trainer.processing_class),
         "reward": reward.fingerprint() if reward else None,
         "versions": {package: version(package) for package in PACKAGES},

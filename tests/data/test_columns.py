@@ -256,3 +256,68 @@ def test_what_is_read_of_a_merged_row_counts_as_read():
     merged = row | {"a": 7}
     assert merged["a"] == 7 and merged["b"][0]["c"] == 2 and merged.get("gone") is None
     assert dict(left_over(row)) == {"b.d": 3, "e": 0, "f": 4}
+
+
+TREE = {"tree_state": "ready_for_export", "user_id": "u", "lang": "en"}
+ASKS = TREE | {"message_id": "q", "parent_id": None, "role": "prompter", "text": "Why?"}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "gives"),
+    [
+        ("sft", {"question": "Why?", "answer": "So.", "label": 1}, "So."),
+        ("sft", {"question": "Why?", "answer": "So.", "label": 0}, "marked as bad"),
+        ("sft", {"prompt": "Why?", "label": 1}, "'label' is a mark"),
+        ("preference", {"prompt": "Why?", "responses": "['So.' 'No.']"}, "a list without commas"),
+        ("preference", {"history": "Why?", "human_ref_A": "So.", "human_ref_B": "No.", "labels": "1", "score_A": 9,
+                        "score_B": 2, "score_ratio": 4.5}, "'labels' is neither 0 nor 1"),
+        ("sft", {"prompt": "Why?", "responses": ["No.", "So."], "scores": [float("nan"), 2]}, "So."),
+        ("sft", {"prompt": "Why?", "prompt_id": "x", "messages": [{"role": "assistant", "content": "So."}]},
+         "'prompt' is not the conversation's first question"),
+        ("preference", {"prompt": "Why?", "responses": ["a", "b", "c"], "ranking": "A>B>C>A"}, "names an answer twice"),
+        ("sft", {"messages": [{"role": "user", "content": "Why?"},
+                              {"role": "assistant", "content": "So.", "train_on_turn": 0}]}, "train_on_turn"),
+        ("sft", {"prompt": "Why?", "completion": "So.", "Tools": "x"}, "'Tools' changes the meaning"),
+        ("sft", {"prompt": "Why?", "completion": "Human: a film."}, "Human: a film."),
+    ],
+)  # fmt: skip
+def test_what_an_attack_found(tmp_path, task, row, gives):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    try:
+        rows = load_datasets(str(path), task, validation_split_percentage=0)[0]
+    except UserError as error:
+        assert gives in str(error)
+    else:
+        assert rows[0]["completion"][-1]["content"] == gives
+
+
+@pytest.mark.parametrize(
+    ("replies", "best"),
+    [
+        ([("a", {"rank": 0, "review_result": 0}), ("b", {"rank": 1})], "b"),
+        ([("a", {"rank": "10"}), ("b", {"rank": "9"})], "b"),
+        ([("a", {"rank": 0, "deleted": "False"}), ("b", {"rank": 1})], "a"),
+    ],
+)
+def test_marks_of_trees_are_read_whatever_their_type(tmp_path, replies, best):
+    nodes = [TREE | {"message_id": text, "parent_id": "q", "role": "assistant", "text": text} | marks
+             for text, marks in replies]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(node) + "\n" for node in [ASKS, *nodes]))
+    rows = load_datasets(str(tmp_path / "t.jsonl"), "sft", validation_split_percentage=0)[0]
+    assert rows[0]["completion"][-1]["content"] == best
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "prompt,completion,completion\nq,a,b\n", "two columns are called 'completion'"),
+        ("a.json", '[{"prompt": "q", "completion": "a"}]\n[{"prompt": "p", "completion": "b"}]', "something follows"),
+        ("a.jsonl", json.dumps(ASKS) + "\n" + json.dumps(ASKS | {"message_id": "x", "parent_id": "x"}), "no root"),
+        ("a.jsonl", json.dumps(ASKS) + "\n" + json.dumps(ASKS), "that another message has"),
+    ],
+)
+def test_files_that_hold_more_than_is_read_are_refused(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        load_datasets(str(tmp_path / name), "prompt", validation_split_percentage=0)

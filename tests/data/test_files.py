@@ -253,7 +253,7 @@ def test_a_cell_of_a_csv_file_is_a_text_until_it_becomes_messages(tmp_path):
 def test_files_without_rows_or_known_keys_say_what_is_expected(tmp_path):
     assert "fit no known layout" in refused(write(tmp_path / "a.jsonl", {"frage": "x", "antwort": "y"}))
     assert "a.jsonl:1: its keys ('frage', 'antwort')" in refused(tmp_path / "a.jsonl")
-    for text in ("", "\n\n", "[1]\n[2]\n"):
+    for text in ("", "\n\n", "[1, 2]\n"):
         (tmp_path / "b.jsonl").write_text(text)
         assert "no row in it is readable" in refused(tmp_path / "b.jsonl")
     (tmp_path / "empty").mkdir()

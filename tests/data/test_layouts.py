@@ -188,10 +188,13 @@ def test_margins_are_the_difference_of_the_scores(tmp_path):
     row = {"chosen": TALK, "rejected": WORSE, "score_chosen": 8.5, "score_rejected": 4}
     rows, _, _ = load_datasets(str(write(tmp_path / "a.jsonl", row)), "preference", validation_split_percentage=0)
     assert rows["margin"] == [4.5]
-    for scores, reason in (((4, 4), "tie"), ((3, 4), "higher score"), ((float("nan"), 4), "finite")):
+    for scores, reason in (((4, 4), "tie"), ((3, 4), "higher score"), ((float("inf"), 4), "finite")):
         row |= dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
         with pytest.raises(UserError, match=reason):
             load(write(tmp_path / "a.jsonl", row), "preference")
+    row |= {"score_chosen": float("nan")}  # how a table without nulls writes that there is none
+    rows, _, _ = load_datasets(str(write(tmp_path / "a.jsonl", row)), "preference", validation_split_percentage=0)
+    assert "margin" not in rows.column_names
 
 
 @pytest.mark.parametrize("text", ["Assistant: is a word\n\nAnd Human: too", "a\n\nb", "line\nAssistant: x"])

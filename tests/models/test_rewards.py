@@ -1,6 +1,7 @@
 """Reward models of any base and tokenizer, reward functions, and what is said of broken ones."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -127,3 +128,11 @@ def test_a_reward_function_that_is_not_there(tmp_path):
         load_reward(f"{tmp_path}/rewards.py:missing")
     with pytest.raises(UserError, match="no such file"):
         load_reward(f"{tmp_path}/nothing.py:missing")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mean": 0, "std": 0}', '{"mean": NaN, "std": 1}'])
+def test_damaged_statistics_of_a_reward_model_are_named(saved, tmp_path, text):
+    folder = shutil.copytree(saved["reward"], tmp_path / "reward")
+    (folder / "score_statistics.json").write_text(text)
+    with pytest.raises(UserError, match="score_statistics.json holds no mean and deviation"):
+        load_reward(str(folder))

@@ -112,6 +112,7 @@ def change_the_template(path):
         ({"learning_rate": 1e-3}, None, "learning_rate: 0.01, and now 0.001"),
         ({"per_device_train_batch_size": 4}, None, "rows a step: 2, and now 4"),
         ({"lora_r": 4}, None, "lora_r: left out, and now 4"),
+        ({"dataloader_drop_last": True}, None, "dataloader_drop_last: left out, and now True"),
     ],
 )  # fmt: skip
 def test_a_run_is_resumed_with_the_same_inputs_or_refused_by_name(inputs, tmp_path, flags, change, says):
@@ -143,6 +144,24 @@ def test_logging_saving_evaluating_and_memory_may_change(inputs, tmp_path):
     flags |= {"logging_steps": 2, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
     run_script("sft_training", output_dir=inputs / "run", **flags)
     assert (inputs / "run" / "run.json").exists()
+    put_back(inputs, saved)
+
+
+def test_what_an_adapter_makes_of_its_weights_counts_too(saved, data, tmp_path):
+    adapter = shutil.copytree(saved["sft"], tmp_path / "sft")
+    flags = {"model_name_or_path": adapter, "dataset_names": data, "output_dir": tmp_path / "dpo", "save_steps": 1}
+    killed("dpo_training", 2, **flags)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    with pytest.raises(UserError, match="adapter config changed"):
+        run_script("dpo_training", **flags)
+
+
+def test_the_precision_that_a_launcher_sets_is_part_of_a_run(inputs, tmp_path, monkeypatch):
+    saved, flags = copied(inputs, tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="precision: no, and now bf16"):
+        run_script("sft_training", output_dir=inputs / "run", **flags)
     put_back(inputs, saved)
 
 
@@ -229,6 +248,9 @@ def test_a_named_checkpoint_is_proven_too(inputs, base, data, tmp_path):
     assert steps(tmp_path / "other") == [3, 4]
     with pytest.raises(UserError, match="seed: left out, and now 7"):
         run_script("sft_training", output_dir=tmp_path / "third", **flags, **named, seed=7)
+    lone = shutil.copytree(inputs / "run" / "checkpoint-2", tmp_path / "lone" / "checkpoint-2")
+    with pytest.raises(UserError, match="there is no started.json beside it"):
+        run_script("sft_training", output_dir=tmp_path / "x", **flags, resume_from_checkpoint=lone)
     with pytest.raises(UserError, match="there is no such"):
         run_script("sft_training", output_dir=tmp_path / "x", **flags, resume_from_checkpoint=tmp_path / "nowhere")
 
@@ -246,9 +268,9 @@ def test_one_run_a_folder(base, data, tmp_path):
     ("place", "says"),
     [
         ("BASE", "is the model to start from"),
-        ("BASE/inside", "which this run reads"),
-        ("BASE/..", "which this run reads"),
-        ("SFT/dpo", "which this run reads"),
+        ("BASE/inside", "which is read"),
+        ("BASE/..", "which is read"),
+        ("SFT/dpo", "which is read"),
         ("REWARD/ppo", "the folder of another run"),
         ("FILE", "is a file"),
         ("FILE/below", "cannot write"),
