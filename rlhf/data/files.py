@@ -65,10 +65,27 @@ def json_lines(stream, path) -> Iterator[tuple[int, object]]:
             yield number, parse(line)
 
 
+class KeyTwice(ValueError):
+    pass
+
+
+def each_once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=each_once)
+
+
 def parse(line: str):
     """The line's JSON value, or a BadRow."""
     try:
-        return json.loads(line)
+        return DECODER.decode(line)
+    except KeyTwice as error:
+        return BadRow(str(error))
     except (ValueError, RecursionError):  # ValueError also covers integers of more than 4,300 digits
         return BadRow("broken JSON")
 
@@ -76,7 +93,7 @@ def parse(line: str):
 def json_values(stream, path) -> Iterator[tuple[int, object]]:
     """JSON values one after another, or the elements of one list, whatever the line breaks."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    scan = json.JSONDecoder().raw_decode
+    scan = DECODER.raw_decode
     text, position, line, in_list, closed, wanted = "", 0, 1, False, False, CHUNK
     ended = False
 

@@ -315,6 +315,8 @@ def test_marks_of_trees_are_read_whatever_their_type(tmp_path, replies, best):
         ("a.json", '[{"prompt": "q", "completion": "a"}]\n[{"prompt": "p", "completion": "b"}]', "something follows"),
         ("a.jsonl", json.dumps(ASKS) + "\n" + json.dumps(ASKS | {"message_id": "x", "parent_id": "x"}), "no root"),
         ("a.jsonl", json.dumps(ASKS) + "\n" + json.dumps(ASKS), "that another message has"),
+        ("a.jsonl", '{"prompt": "q", "completion": "a", "completion": "b"}', "the key 'completion' twice"),
+        ("a.json", '[{"prompt": "q", "completion": "a", "completion": "b"}]', "the key 'completion' twice"),
     ],
 )
 def test_files_that_hold_more_than_is_read_are_refused(tmp_path, name, text, says):
