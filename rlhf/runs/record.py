@@ -5,6 +5,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from accelerate import PartialState
+
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.runs.checkpoints import write_whole
@@ -69,9 +71,16 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         data: the report of what was trained on.
         then: arguments of `accelerate launch` for the next stage, or whole commands that start with `python`.
     """
+    if trainer.is_world_process_zero():
+        leave_record(trainer, arguments, data, then)
+    state = PartialState()  # a process that ends while others still talk to it may abort, with its own exit code
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def leave_record(trainer, arguments, data, then: list[str]) -> None:
+    """What `finish` promises, by the first process."""
     script_args, training_args, model_args = arguments
-    if not trainer.is_world_process_zero():
-        return
     folder = Path(training_args.output_dir)
     first, last = {}, {}
     for entry in trainer.state.log_history:
