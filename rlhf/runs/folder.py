@@ -48,8 +48,6 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
         UserError: if the folder is in use or holds something else, or if no checkpoint of the run is whole.
     """
     script_args, training_args, _ = arguments
-    if training_args.enable_jit_checkpoint:  # it ends training early, which would look complete
-        raise UserError("--enable_jit_checkpoint: a run is saved at SIGTERM by itself: leave it out")
     folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint
 
     def decide():

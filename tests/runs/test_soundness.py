@@ -22,7 +22,7 @@ def flags_of(stage, saved, base, data, folder) -> dict:
 
 def spoil(road: str, at: int, patch):
     """Something that is not a number, from a step on."""
-    loss, norm, step = Trainer.training_step, Trainer._get_grad_norm, torch.optim.AdamW.step
+    loss, step = Trainer.training_step, torch.optim.AdamW.step
 
     def bad_loss(self, model, *args, **kwargs):
         found = loss(self, model, *args, **kwargs)
@@ -42,7 +42,6 @@ def spoil(road: str, at: int, patch):
         patch.setattr(torch.optim.AdamW, "step", bad_step)
     else:
         patch.setattr(Trainer, "training_step", bad_loss)
-    assert norm
 
 
 @pytest.mark.parametrize("road", ["nan", "inf", "weights"])
