@@ -6,5 +6,6 @@ imported), flags (one table of what each does), checks (of values), renamed (oth
 description (flags.json, made of the libraries), arguments (the dataclasses, what the machine has); then the run:
 folder (which one may be used, which checkpoint is resumed), identity (what a result depends on), checkpoints (when one
 is whole), record (run.json, the model card), log (its log and curves), trainers (TRL's, with our checks), resuming,
-soundness (finite, and moving), signals (SIGTERM, Ctrl-C), named_evaluation (metrics by dataset).
+soundness (finite, and moving), signals (SIGTERM, Ctrl-C), named_evaluation (metrics by dataset), last_batch (of an
+epoch, on several processes).
 """
