@@ -85,7 +85,7 @@ def main(script_args, training_args, model_args):
     if script_args.early_stopping_patience:
         trainer.add_callback(Patience(script_args.early_stopping_patience))
     watch(trainer)
-    say(plan(trainer, data))
+    say(plan(trainer, data, script_args.dry_run))
     if script_args.dry_run:
         return
     begin(trainer, arguments, checkpoint)
