@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -59,14 +58,15 @@ def flags_of(folder: Path, stage: str, full: bool, checkpointing: bool) -> list[
     return (flags + " --no_use_peft" * full).split()
 
 
-def measure(stage: str, flags: list[str], tracked: bool) -> None:
+def measure(stage: str, flags: list[str]) -> None:
+    """Bytes of a process as estimated, and at the peak of two optimizer steps: of tensors, and of all that it has."""
     import importlib
 
     import psutil
     from transformers import Trainer
 
     import rlhf.ppo.trainer
-    import rlhf.runs.trainers  # noqa: F401
+    import rlhf.runs.trainers  # noqa: F401  what a script imports
     from rlhf.runs import memory
 
     script = importlib.import_module(stage)
@@ -74,22 +74,56 @@ def measure(stage: str, flags: list[str], tracked: bool) -> None:
     start, train, found = psutil.Process().memory_info().rss, Trainer.train, {}
 
     def watched(trainer, *args, **kwargs):
-        found["held"] = memory.tensors_held()
-        found["rss_loaded"] = psutil.Process().memory_info().rss - start
-        allocated = memory.Allocated()
-        if tracked:
-            with allocated:
-                result = train(trainer, *args, **kwargs)
-        else:
+        found["estimate"] = memory.estimate(trainer, memory.room_of(trainer))(8)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        weights = memory.tensors_held()
+        with memory.Allocated() as allocated:
             result = train(trainer, *args, **kwargs)
-        found["tracked"] = found["held"] + allocated.peak
-        found["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+        found["tensors"] = weights + allocated.peak
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        found["process"] = int(status["VmHWM"].split()[0]) * 1024 - start
         return result
 
     Trainer.train = watched
     script.main(*parsed)
-    print(json.dumps(found))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("FOUND", json.dumps(found), flush=True)
+
+
+def main(args):
+    print(f"{'':32}{'estimate MB':>12}{'tensors':>10}{'process':>10}{'estimate / tensors':>20}{'/ process':>12}")
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder), SHAPES[shape])
+            for stage, full, checkpointing in product(args.stages, args.training, args.checkpointing):
+                flags = flags_of(Path(folder), stage, full == "full", checkpointing == "true")
+                start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes)]
+                command = [*(start if args.processes > 1 else start[:1]), __file__, "--measure", stage, *flags]
+                # as the allocator comes: ours keeps what is freed
+                env = os.environ | ({} if args.keep_freed else {"MALLOC_MMAP_MAX_": "65536"})
+                done = subprocess.run(command, capture_output=True, text=True, env=env)
+                lines = [line[6:] for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+                if not lines:
+                    sys.exit(done.stderr[-3000:])
+                found = json.loads(lines[0])
+                total, tensors, process = sum(found["estimate"]), found["tensors"], found["process"]
+                name = f"{shape} {stage.split('_')[0]} {full}{' checkpointing' * (checkpointing == 'true')}"
+                print(
+                    f"{name:32}{total / 1e6:12.0f}{tensors / 1e6:10.0f}{process / 1e6:10.0f}"
+                    f"{total / tensors:20.2f}{total / process:12.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "1")
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2], sys.argv[3:])
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--training", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--checkpointing", nargs="+", choices=["false", "true"], default=["false", "true"])
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--keep_freed", action="store_true", help="with the allocator as our runs set it")
+    main(parser.parse_args())

@@ -169,17 +169,25 @@ def longest(trainer, count: int) -> list[dict]:
     return list(trainer._remove_unused_columns(rows, "train").select(chosen))
 
 
-def activations_of(trainer, already: float, room: float, checkpointing: bool):
-    """A function of a process's rows in a batch: the bytes of their activations.
+def estimate(trainer, room: float, checkpointing: bool | None = None):
+    """A function of how many rows a process has in a batch: the Memory that it needs.
 
-    One row is measured first: the whole batch only if so many times that would fit, or this process could be killed.
+    One row is measured first, and the whole batch only if so many times that would fit, or the process could be killed.
+
+    Args:
+        room: what `room_of` says.
+        checkpointing: whether activations are computed twice, if not as the trainer's arguments say.
     """
-    batch = trainer.args.per_device_train_batch_size
+    args, model = trainer.args, trainer.model
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    fixed = held(tensors_held(), trained, optimizer_state(args), args.world_size, engine_of(trainer))
+    checkpointing = bool(args.activation_checkpointing) if checkpointing is None else checkpointing
+    batch = args.per_device_train_batch_size
     rows = longest(trainer, max(batch, 2))
     one = activations(trainer, rows[:1], checkpointing)
-    most = batch if batch > 1 and already + batch * one < room else 2
+    most = batch if batch > 1 and fixed.total + batch * one < room else 2
     slope = (activations(trainer, rows[:most], checkpointing) - one) / (most - 1) if batch > 1 else 0.0
-    return lambda count: one + slope * (count - 1)
+    return lambda count: fixed._replace(activations=one + slope * (count - 1))
 
 
 def room_of(trainer) -> float:
@@ -213,26 +221,22 @@ def cgroup_room() -> float:
 
 def fitted(trainer) -> str:
     """The memory that a run needs of each process, and what to type where that is more than there is."""
-    args, weights = trainer.args, tensors_held()
-    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    base, room = held(weights, trained, optimizer_state(args), args.world_size, engine_of(trainer)), room_of(trainer)
-    batch, checkpointing = args.per_device_train_batch_size, bool(args.activation_checkpointing)
-    measured = activations_of(trainer, base.total, room, checkpointing)
-    need = base._replace(activations=measured(batch))
-    parts = f"weights {need.weights / 1e9:.1f}, gradients and optimizer {(need.gradients + need.optimizer) / 1e9:.1f}"
+    room, batch = room_of(trainer), trainer.args.per_device_train_batch_size
+    needs = estimate(trainer, room)
+    need = needs(batch)
+    weights, kept, activations = (f"{n / 1e9:.1f}" for n in (need[0], need[1] + need[2], need[3]))
     line = (
-        f"memory: about {need.total / 1e9:.1f} GB a process ({parts}, activations {need.activations / 1e9:.1f})"
-        f" of {room / 1e9:.1f} GB"
+        f"memory: about {need.total / 1e9:.1f} GB a process (weights {weights}, gradients and optimizer {kept},"
+        f" activations {activations}) of {room / 1e9:.1f} GB"
     )
     if need.total > room:
-        options = {
-            "--gradient_checkpointing true": base.total + activations_of(trainer, base.total, room, True)(batch)
-        }
-        options = ({} if checkpointing else options) | remedies(trainer, need, room, measured)
+        options = remedies(trainer, needs, room)
         told = (f"{what}: {size / 1e9:.1f}" for what, size in sorted(options.items(), key=lambda item: item[1]))
         line += "\n  it will not fit; GB with\n    " + "\n    ".join(told)
-    elif 2 * need.total > room and keeps_freed(args.device):
-        line += "\n  freed memory is kept, for speed, up to as much again: MALLOC_MMAP_MAX_=65536 accelerate ... gives it back"
+    elif 2 * need.total > room and keeps_freed(trainer.args.device):
+        line += (
+            "\n  freed memory is kept for speed, up to as much again; MALLOC_MMAP_MAX_=65536 SCRIPT ... gives it back"
+        )
     return line
 
 
@@ -241,26 +245,28 @@ def keeps_freed(device) -> bool:
     return device.type == "cpu" and sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ
 
 
-def remedies(trainer, need: Memory, room: float, measured) -> dict[str, float]:
-    """{what to type: bytes that the run needs then}, checkpointing apart."""
-    args, model, fixed, found = trainer.args, trainer.model, need.total - need.activations, {}
+def remedies(trainer, needs, room: float) -> dict[str, float]:
+    """{what to type: bytes that a process needs then}."""
+    args, model, found = trainer.args, trainer.model, {}
     batch, steps = args.per_device_train_batch_size, getattr(trainer, "ppo", args).gradient_accumulation_steps
+    need = needs(batch)
+    if not args.activation_checkpointing:
+        found["--gradient_checkpointing true"] = estimate(trainer, room, checkpointing=True)(batch).total
     if batch > 1:
         fewer = [rows for rows in range(batch - 1, 0, -1) if batch % rows == 0]
-        rows = next((rows for rows in fewer if fixed + measured(rows) <= room), 1)
+        rows = next((rows for rows in fewer if needs(rows).total <= room), 1)
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {batch * steps // rows}"
-        found[flags] = fixed + measured(rows)
+        found[flags] = needs(rows).total
     if getattr(args, "max_length", None):
-        found[f"--max_length {args.max_length // 2}"] = fixed + need.activations / 2
-    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
-    frozen = [m.weight for m in layers if m is not model.get_output_embeddings() and not m.weight.requires_grad]
+        found[f"--max_length {args.max_length // 2}"] = need.total - need.activations / 2
+    head, layers = model.get_output_embeddings(), [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    frozen = [layer.weight for layer in layers if layer is not head and not layer.weight.requires_grad]
     if not frozen:
         found["LoRA, without --no_use_peft"] = need.weights + need.activations
     elif not getattr(model, "is_quantized", False):
         found["--load_in_4bit"] = need.total - sum(w.nbytes * (1 - FOUR_BIT / w.element_size()) for w in frozen)
-    if args.device.type == "cuda" and not hasattr(trainer, "rehearse") and engine_of(trainer) != "full":
-        count = 2 * args.world_size
-        trained = need.gradients / (1 if args.world_size == 1 else 2)
+    if args.device.type == "cuda" and engine_of(trainer) == "ddp" and not hasattr(trainer, "ppo"):
+        count, trained = 2 * args.world_size, need.gradients / min(args.world_size, 2)
         shared = held(need.weights, trained, need.optimizer / trained, count, "full")
         found[f"--config_file accelerate_config/fsdp2.yaml --num_processes {count}"] = shared.total + need.activations
     return found
