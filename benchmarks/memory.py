@@ -1,8 +1,12 @@
 """Estimated and measured memory of a process, side by side, for every stage."""
 
+import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,20 +46,17 @@ def make(folder: Path, config: dict) -> None:
 
 
 def flags_of(folder: Path, stage: str, full: bool, checkpointing: bool) -> list[str]:
-    flags = (
-        f"--model_name_or_path {folder / 'base'} --dataset_names {folder / 'rows.jsonl'} --output_dir {folder / 'out'}"
-    )
-    flags += (
-        " --overwrite_output_dir --per_device_train_batch_size 8 --max_steps 2 --save_strategy no --report_to none"
-    )
-    flags += f" --eval_strategy no --max_prompt_length 192 --gradient_checkpointing {checkpointing}"
-    flags += " --validation_split_percentage 1 --use_cpu"
+    flags = f"--model_name_or_path {folder / 'base'} --dataset_names {folder / 'rows.jsonl'} --use_cpu"
+    flags += f" --output_dir {folder / 'out'} --overwrite_output_dir --gradient_checkpointing {checkpointing}"
+    flags += " --per_device_train_batch_size 8 --save_strategy no --eval_strategy no --report_to none"
+    flags += " --max_prompt_length 192 --validation_split_percentage 1"
     if stage == "ppo_training":
-        flags += f" --reward_model_name_or_path {folder / 'reward'} --response_length 64 --num_ppo_epochs 2"
+        flags += f" --reward_model_name_or_path {folder / 'reward'} --response_length 64 --num_ppo_epochs 1"
         flags += " --num_sample_generations 0"
     else:
         flags += " --max_length 256"
-    return (flags + " --no_use_peft" * full).split()
+    # Adam's state is there from the second step on; a LoRA's is small
+    return (flags + (" --no_use_peft --max_steps 2" if full else " --max_steps 1")).split()
 
 
 def measure(stage: str, flags: list[str]) -> None:
