@@ -1,4 +1,13 @@
-"""Estimated and measured memory of a process, side by side, for every stage."""
+"""The memory that a dry run tells beside what the run then takes, for every stage; and the README's table of it.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --shapes 4M --stages sft_training --processes 2
+    python benchmarks/memory.py --table
+
+Batches of 8 rows of 256 tokens through random GPT-2s, each in a process of its own that estimates and then trains.
+`tensors` is the most that was held at once in tensors, `process` the peak of the process over what it had before the
+model was loaded. glibc is left to give back what is freed; with --keep_freed it is told what our runs tell it.
+"""
 
 import argparse
 import json
@@ -16,6 +25,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SHAPES = {
     "4M": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
+}
+# parameters, layers, width, width of the MLP, width of keys and values: gpt2's, Llama's
+MODELS = {
+    "0.1B": (0.124e9, 12, 768, 3072, 768),
+    "1B": (1.24e9, 16, 2048, 8192, 512),
+    "7B": (6.74e9, 32, 4096, 11008, 4096),
+    "70B": (70.6e9, 80, 8192, 28672, 1024),
 }
 STAGES = ("sft_training", "reward_modeling", "dpo_training", "ppo_training")
 
@@ -68,17 +84,18 @@ def measure(stage: str, flags: list[str]) -> None:
 
     import rlhf.ppo.trainer
     import rlhf.runs.trainers  # noqa: F401  what a script imports
-    from rlhf.runs import memory
+    from rlhf.runs.measured_memory import Allocated, room_of, tensors_held
+    from rlhf.runs.memory import estimate
 
     script = importlib.import_module(stage)
     parsed = script.make_parser().parse_args_and_config(flags)
     start, train, found = psutil.Process().memory_info().rss, Trainer.train, {}
 
     def watched(trainer, *args, **kwargs):
-        found["estimate"] = memory.estimate(trainer, memory.room_of(trainer))(8)
+        found["estimate"] = estimate(trainer, room_of(trainer))(8)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        weights = memory.tensors_held()
-        with memory.Allocated() as allocated:
+        weights = tensors_held()
+        with Allocated() as allocated:
             result = train(trainer, *args, **kwargs)
         found["tensors"] = weights + allocated.peak
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -91,7 +108,26 @@ def measure(stage: str, flags: list[str]) -> None:
         print("FOUND", json.dumps(found), flush=True)
 
 
+def table() -> None:
+    """GB that a process holds before activations, by size and way of training; a LoRA of rank 16 on all layers."""
+    from rlhf.runs.memory import held
+
+    print(
+        "| parameters | LoRA | two or more GPUs | bfloat16 base | 4-bit base | all weights | two or more | FSDP on 8 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (base, layers, width, mlp, keys) in MODELS.items():
+        trained = 4 * 16 * layers * (4 * width + 2 * (width + keys) + (2 if name == "0.1B" else 3) * (width + mlp))
+        ways = [held(4 * base + trained, trained), held(4 * base + trained, trained, processes=2)]
+        ways += [held(each * base + trained, trained) for each in (2, 0.5625)]
+        ways += [held(4 * base, 4 * base), held(4 * base, 4 * base, processes=2)]
+        ways += [held(4 * base, 4 * base, processes=8, engine="full")]
+        print(f"| {name} | {' | '.join(f'{way.total / 1e9:.3g}' for way in ways)} |")
+
+
 def main(args):
+    if args.table:
+        return table()
     print(f"{'':32}{'estimate MB':>12}{'tensors':>10}{'process':>10}{'estimate / tensors':>20}{'/ process':>12}")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +141,8 @@ def main(args):
                 done = subprocess.run(command, capture_output=True, text=True, env=env)
                 lines = [line[6:] for line in done.stdout.splitlines() if line.startswith("FOUND ")]
                 if not lines:
-                    sys.exit(done.stderr[-3000:])
+                    print(stage, full, checkpointing, done.stderr[-1000:], flush=True)
+                    continue
                 found = json.loads(lines[0])
                 total, tensors, process = sum(found["estimate"]), found["tensors"], found["process"]
                 name = f"{shape} {stage.split('_')[0]} {full}{' checkpointing' * (checkpointing == 'true')}"
@@ -127,4 +164,5 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing", nargs="+", choices=["false", "true"], default=["false", "true"])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep_freed", action="store_true", help="with the allocator as our runs set it")
+    parser.add_argument("--table", action="store_true", help="only print the README's table")
     main(parser.parse_args())
