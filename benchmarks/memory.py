@@ -113,7 +113,7 @@ def table() -> None:
     from rlhf.runs.memory import held
 
     print(
-        "| parameters | LoRA | two or more GPUs | bfloat16 base | 4-bit base | all weights | two or more | FSDP on 8 |"
+        "| parameters | LoRA | two GPUs or more | bfloat16 base | 4-bit base | all weights | two or more | FSDP on 8 |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, (base, layers, width, mlp, keys) in MODELS.items():
@@ -122,7 +122,7 @@ def table() -> None:
         ways += [held(each * base + trained, trained) for each in (2, 0.5625)]
         ways += [held(4 * base, 4 * base), held(4 * base, 4 * base, processes=2)]
         ways += [held(4 * base, 4 * base, processes=8, engine="full")]
-        print(f"| {name} | {' | '.join(f'{way.total / 1e9:.3g}' for way in ways)} |")
+        print(f"| {name} | {' | '.join(f'{way.total / 1e9:.1f}' for way in ways)} |")
 
 
 def main(args):

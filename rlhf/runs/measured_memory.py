@@ -66,7 +66,7 @@ def unchanged(trainer):
     own, metrics = vars(trainer).copy(), copy.deepcopy(getattr(trainer, "_metrics", None))
     modules = [(m, vars(m).copy(), m._forward_hooks.copy()) for m in trainer.model.modules()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([trainer.args.device] if trainer.args.device.type == "cuda" else []):
             yield
     finally:
         trainer.model.zero_grad()
@@ -84,8 +84,10 @@ def activations(trainer, rows: list[dict], checkpointing: bool) -> int:
     model, args = trainer.model, trainer.args
     with unchanged(trainer):
         model.train()
-        if checkpointing and not getattr(model, "is_activation_checkpointing", False):
-            model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+        if checkpointing:  # as Trainer.train does it
+            options = dict(args.activation_checkpointing_kwargs or {})
+            layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+            model.activation_checkpointing_enable(options or None, **layers)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with Allocated() as allocated:

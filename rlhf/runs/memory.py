@@ -138,7 +138,7 @@ def remedies(trainer, needs, room: float) -> dict[str, float]:
     layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
     frozen = [layer.weight for layer in layers if layer is not head and not layer.weight.requires_grad]
     if not frozen:
-        found["LoRA, without --no_use_peft"] = need.weights + need.activations
+        found["LoRA (no --no_use_peft)"] = need.weights + need.activations
     elif not getattr(model, "is_quantized", False):
         found["--load_in_4bit"] = need.total - sum(w.nbytes * (1 - FOUR_BIT / w.element_size()) for w in frozen)
     if args.device.type == "cuda" and engine_of(trainer) == "ddp" and not hasattr(trainer, "ppo"):
