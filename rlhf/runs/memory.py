@@ -105,9 +105,10 @@ def fitted(trainer) -> str:
     passing = f"activations {need.activations / 1e9:.1f}" if need.activations else "activations not measured"
     line = f"memory: about {need.total / 1e9:.1f} GB a process ({kept}, {passing}) of {room / 1e9:.1f} GB"
     if need.total > room:
-        options = remedies(trainer, needs, room)
-        told = (f"{what}: {size / 1e9:.1f}" for what, size in sorted(options.items(), key=lambda item: item[1]))
-        line += "\n  it will not fit; GB that it takes with\n    " + "\n    ".join(told)
+        options = sorted(remedies(trainer, needs, room).items(), key=lambda item: item[1])
+        told = [f"{what}: {size / 1e9:.1f}" for what, size in options if size < 0.95 * need.total]
+        told = ["it will not fit; GB that it takes with", *told] if told else ["it will not fit: take a smaller model"]
+        line += "\n  " + "\n    ".join(told)
     elif 2 * need.total > room and keeps_freed(trainer.args.device):
         line += (
             "\n  what is freed is kept, for speed: up to as much again; MALLOC_MMAP_MAX_=65536 before the command: not"
