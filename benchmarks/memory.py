@@ -146,6 +146,7 @@ def main(args):
                 found = json.loads(lines[0])
                 total, tensors, process = sum(found["estimate"]), found["tensors"], found["process"]
                 name = f"{shape} {stage.split('_')[0]} {full}{' checkpointing' * (checkpointing == 'true')}"
+                name += f" x {args.processes}" * (args.processes > 1)
                 print(
                     f"{name:32}{total / 1e6:12.0f}{tensors / 1e6:10.0f}{process / 1e6:10.0f}"
                     f"{total / tensors:20.2f}{total / process:12.2f}",
