@@ -1,0 +1,117 @@
+"""People as a judge: who wins by their votes, and how far reward models, and people among themselves, agree with them.
+
+A vote has `prompt`, `left`, `right` (texts), `left_model`, `right_model`, `vote` ("left", "right", "tie", "both bad"
+or "skip"), `judge`, `dataset`; its `pair` names the two answers, its `choice` is the text that was liked better.
+"""
+
+from collections import Counter
+from itertools import combinations
+
+from rlhf.evaluation.answers import Answer, judge, prompt_key
+from rlhf.evaluation.statistics import cohen_kappa, outcomes, wilson
+
+SIDES = ("left", "right")
+
+
+def people_report(votes: list, judges: dict, rows, answers: dict, baseline: str | None, batch_size: int) -> dict:
+    """What the votes say of the models and of the judges: what is unknown is None.
+
+    Returns:
+        "votes", how many of each kind; "other_answers", how many are on answers that are not in this report, and so
+        say nothing of its models; "wins": by label "against_others", "against_baseline" and "against_data"; "judges":
+        by name "accuracy" and "kappa"; "people": for each two of them "pairs", "same" and "kappa"; "left": how often
+        the answer on the left was preferred.
+    """
+    keys = {prompt_key(row["prompt"]): row for row in rows}
+    known = {
+        (prompt_key(row["prompt"]), label, made[i][0].text.strip()): made[i][0]
+        for label, made in answers.items()
+        for i, row in enumerate(rows)
+        if made[i][0]
+    }
+    kinds = Counter(vote.vote for vote in votes)
+    votes = [vote for vote in votes if vote.vote != "skip"]
+    decided = [vote for vote in votes if vote.vote in SIDES]
+    scores = score_votes(judges, decided, keys, known, batch_size)
+    between = [vote for vote in votes if vote.left_model != vote.right_model]
+    ours = [
+        vote
+        for vote in between
+        if all((prompt_key(vote.prompt), *side) in known for side in named_sides(vote))
+    ]
+    return {
+        "votes": dict(kinds),
+        "other_answers": len(between) - len(ours),
+        "wins": {label: wins_of(label, ours, baseline) for label in answers},
+        "judges": {name: agreement(decided, found) for name, found in scores.items()},
+        "people": between_people(votes),
+        "left": wilson([vote.vote == "left" for vote in decided]),
+    }
+
+
+def named_sides(vote) -> list[tuple[str, str]]:
+    return [(vote.left_model, vote.left), (vote.right_model, vote.right)]
+
+
+def wins_of(label: str, votes: list, baseline: str | None) -> dict:
+    """How often the label's answer was preferred, a tie or two bad ones counting half."""
+
+    def rate(fits):
+        own = [v for v in votes if label in (v.left_model, v.right_model) and fits({v.left_model, v.right_model})]
+        values = [{"left": 1.0, "right": 0.0}.get(vote.vote, 0.5) for vote in own]
+        values = [x if vote.left_model == label else 1 - x for x, vote in zip(values, own, strict=True)]
+        return wilson(values, [prompt_key(vote.prompt) for vote in own])
+
+    found = {"against_others": rate(lambda labels: True)}
+    for other, key in ((baseline, "against_baseline"), ("data", "against_data")):
+        found[key] = rate(lambda labels, other=other: other in labels) if label != other else None
+    return found
+
+
+def score_votes(judges: dict, votes: list, keys: dict, known: dict, batch_size: int) -> dict[str, dict]:
+    """{judge: {side: the scores of the votes' answers on that side}}; as they ended, where that is known."""
+    found = {name: {} for name in judges}
+    for side in SIDES if votes else ():
+        rows = [keys.get(prompt_key(vote.prompt), {}) for vote in votes]
+        made = [(prompt_key(vote.prompt), getattr(vote, f"{side}_model"), getattr(vote, side)) for vote in votes]
+        texts = [Answer([], text, known[key, model, text].ended if (key, model, text) in known else True)
+                 for key, model, text in made]  # fmt: skip
+        columns = {
+            "reference": [row.get("reference", "") for row in rows],
+            "dataset": [row.get("dataset") or vote.dataset for row, vote in zip(rows, votes, strict=True)],
+        }
+        for name, reward in judges.items():
+            found[name][side] = judge(reward, name, [vote.prompt for vote in votes], texts, columns, batch_size)
+    return found
+
+
+def agreement(votes: list, scores: dict[str, list]) -> dict:
+    """How often a judge scores the answer higher that a person prefers, and kappa, by the side it stood on."""
+    rows = list(zip(votes, *(scores.get(side, []) for side in SIDES), strict=True))
+    rows = [(vote, left - right) for vote, left, right in rows if None not in (left, right)]
+    theirs = ["left" if margin > 0 else "right" if margin else "tie" for _, margin in rows]
+    right = outcomes([margin if vote.vote == "left" else -margin for vote, margin in rows])
+    return {
+        "accuracy": wilson(right, [prompt_key(vote.prompt) for vote, _ in rows]),
+        "kappa": cohen_kappa([vote.vote for vote, _ in rows], theirs),
+    }
+
+
+def between_people(votes: list) -> list[dict]:
+    """For each two people who have judged the same answers how often they said the same, a tie being no preference.
+
+    Answers are told apart by where the first of the two saw them, which was drawn: by their models, one that always
+    wins would make kappa small.
+    """
+    by_person, found = {}, []
+    for vote in votes:
+        by_person.setdefault(vote.judge, {})[vote.pair] = vote
+    for first, second in combinations(by_person, 2):
+        shared = [(vote, by_person[second][pair]) for pair, vote in by_person[first].items() if pair in by_person[second]]
+        sides = [{vote.left: "left", vote.right: "right"} for vote, _ in shared]
+        choices = [[names.get(pair[i].choice) for names, pair in zip(sides, shared, strict=True)] for i in (0, 1)]
+        same = [a == b for a, b in zip(*choices, strict=True)]
+        groups = [prompt_key(vote.prompt) for vote, _ in shared]
+        found.append({"first": first, "second": second, "pairs": len(shared), "same": wilson(same, groups),
+                      "kappa": cohen_kappa(*choices)})  # fmt: skip
+    return found
