@@ -122,6 +122,6 @@ def load_votes(paths: list[str]) -> list[Vote]:
                 votes.append((vote_of(row, judge=path.stem),))
             except Skip as error:
                 raise UserError(f"{place}: {error}\ngive the votes.jsonl that the report's page saves") from error
-    if not any(vote.vote != "skip" for vote, in votes):
+    if not any(vote.vote != "skip" for (vote,) in votes):
         raise UserError(f"--votes {','.join(paths)}: there is no vote in it")
-    return [vote for vote, in last_votes(votes)[0]]
+    return [vote for (vote,) in last_votes(votes)[0]]

@@ -13,44 +13,43 @@ from rlhf.evaluation.statistics import cohen_kappa, outcomes, wilson
 SIDES = ("left", "right")
 
 
-def people_report(votes: list, judges: dict, rows, answers: dict, baseline: str | None, batch_size: int) -> dict:
+def people_report(votes: list, judges: dict, samples: list[dict], baseline: str | None, batch_size: int) -> dict:
     """What the votes say of the models and of the judges: what is unknown is None.
 
+    Args:
+        samples: what the report is on, as `rlhf.evaluation.tables.samples_of` gives it.
     Returns:
         "votes", how many of each kind; "other_answers", how many are on answers that are not in this report, and so
         say nothing of its models; "wins": by label "against_others", "against_baseline" and "against_data"; "judges":
         by name "accuracy" and "kappa"; "people": for each two of them "pairs", "same" and "kappa"; "left": how often
         the answer on the left was preferred.
     """
-    keys = {prompt_key(row["prompt"]): row for row in rows}
-    known = {
-        (prompt_key(row["prompt"]), label, made[i][0].text.strip()): made[i][0]
-        for label, made in answers.items()
-        for i, row in enumerate(rows)
-        if made[i][0]
+    keys = {prompt_key(row["prompt"]): row for row in samples}
+    ended = {
+        (key, label, text.strip()): row["ended"][label][i]
+        for key, row in ((prompt_key(row["prompt"]), row) for row in samples)
+        for label, texts in row["answers"].items()
+        for i, text in enumerate(texts)
     }
     kinds = Counter(vote.vote for vote in votes)
     votes = [vote for vote in votes if vote.vote != "skip"]
     decided = [vote for vote in votes if vote.vote in SIDES]
-    scores = score_votes(judges, decided, keys, known, batch_size)
+    scores = score_votes(judges, decided, keys, ended, batch_size)
     between = [vote for vote in votes if vote.left_model != vote.right_model]
-    ours = [
-        vote
-        for vote in between
-        if all((prompt_key(vote.prompt), *side) in known for side in named_sides(vote))
-    ]
+    ours = [vote for vote in between if all(answer_of(vote, side) in ended for side in SIDES)]
+    labels = dict.fromkeys(label for row in samples for label in row["answers"])
     return {
         "votes": dict(kinds),
         "other_answers": len(between) - len(ours),
-        "wins": {label: wins_of(label, ours, baseline) for label in answers},
+        "wins": {label: wins_of(label, ours, baseline) for label in labels},
         "judges": {name: agreement(decided, found) for name, found in scores.items()},
         "people": between_people(votes),
         "left": wilson([vote.vote == "left" for vote in decided]),
     }
 
 
-def named_sides(vote) -> list[tuple[str, str]]:
-    return [(vote.left_model, vote.left), (vote.right_model, vote.right)]
+def answer_of(vote, side: str) -> tuple[str, str, str]:
+    return prompt_key(vote.prompt), getattr(vote, f"{side}_model"), getattr(vote, side)
 
 
 def wins_of(label: str, votes: list, baseline: str | None) -> dict:
@@ -68,26 +67,24 @@ def wins_of(label: str, votes: list, baseline: str | None) -> dict:
     return found
 
 
-def score_votes(judges: dict, votes: list, keys: dict, known: dict, batch_size: int) -> dict[str, dict]:
+def score_votes(judges: dict, votes: list, rows: dict, ended: dict, batch_size: int) -> dict[str, dict[str, list]]:
     """{judge: {side: the scores of the votes' answers on that side}}; as they ended, where that is known."""
-    found = {name: {} for name in judges}
-    for side in SIDES if votes else ():
-        rows = [keys.get(prompt_key(vote.prompt), {}) for vote in votes]
-        made = [(prompt_key(vote.prompt), getattr(vote, f"{side}_model"), getattr(vote, side)) for vote in votes]
-        texts = [Answer([], text, known[key, model, text].ended if (key, model, text) in known else True)
-                 for key, model, text in made]  # fmt: skip
-        columns = {
-            "reference": [row.get("reference", "") for row in rows],
-            "dataset": [row.get("dataset") or vote.dataset for row, vote in zip(rows, votes, strict=True)],
-        }
+    known = [rows.get(prompt_key(vote.prompt), {}) for vote in votes]
+    columns = {
+        "reference": [row.get("reference", "") for row in known],
+        "dataset": [row.get("dataset", vote.dataset) for row, vote in zip(known, votes, strict=True)],
+    }
+    prompts, found = [vote.prompt for vote in votes], {name: {} for name in judges}
+    for side in SIDES:
+        made = [Answer([], getattr(vote, side), ended.get(answer_of(vote, side), True)) for vote in votes]
         for name, reward in judges.items():
-            found[name][side] = judge(reward, name, [vote.prompt for vote in votes], texts, columns, batch_size)
+            found[name][side] = judge(reward, name, prompts, made, columns, batch_size)
     return found
 
 
 def agreement(votes: list, scores: dict[str, list]) -> dict:
     """How often a judge scores the answer higher that a person prefers, and kappa, by the side it stood on."""
-    rows = list(zip(votes, *(scores.get(side, []) for side in SIDES), strict=True))
+    rows = list(zip(votes, *(scores[side] for side in SIDES), strict=True))
     rows = [(vote, left - right) for vote, left, right in rows if None not in (left, right)]
     theirs = ["left" if margin > 0 else "right" if margin else "tie" for _, margin in rows]
     right = outcomes([margin if vote.vote == "left" else -margin for vote, margin in rows])
@@ -107,7 +104,9 @@ def between_people(votes: list) -> list[dict]:
     for vote in votes:
         by_person.setdefault(vote.judge, {})[vote.pair] = vote
     for first, second in combinations(by_person, 2):
-        shared = [(vote, by_person[second][pair]) for pair, vote in by_person[first].items() if pair in by_person[second]]
+        shared = [
+            (vote, by_person[second][pair]) for pair, vote in by_person[first].items() if pair in by_person[second]
+        ]
         sides = [{vote.left: "left", vote.right: "right"} for vote, _ in shared]
         choices = [[names.get(pair[i].choice) for names, pair in zip(sides, shared, strict=True)] for i in (0, 1)]
         same = [a == b for a, b in zip(*choices, strict=True)]

@@ -1,0 +1,292 @@
+// Judge: two answers to one prompt, nobody knows whose. All that says which model wrote what stays in variables.
+
+let session = null; // {name, what, votes, pairs}; a vote is {i, left, right, vote, time}, an answer [label, sample]
+const SIDES = ["left", "right"];
+
+/** A well mixed 32-bit number of a text (FNV-1a, then murmur's last steps): order and sides are drawn by it. */
+function hash(text) {
+  let h = 0x811c9dc5;
+  for (let i = 0; i < text.length; i++) h = Math.imul(h ^ text.charCodeAt(i), 0x01000193);
+  h = Math.imul(h ^ (h >>> 16), 0x85ebca6b);
+  h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
+  return (h ^ (h >>> 16)) >>> 0;
+}
+
+/** The items in an order that the seed and what they are called decide. */
+function shuffled(items, salt, name = String) {
+  return items.map((item) => [hash(`${data.seed} ${salt} ${name(item)}`), item]).sort((a, b) => a[0] - b[0])
+    .map(([, item]) => item);
+}
+
+const twoOf = (items) => items.flatMap((a, k) => items.slice(k + 1).map((b) => [a, b]));
+
+/** What can be compared: {what: [title, the pairs of answers of each prompt]}. */
+function choices() {
+  const labels = data.labels, every = twoOf(labels.map((label) => [label, 0])), found = {};
+  const against = (other) => every.filter((pair) => pair.some(([label]) => label === other));
+  if (data.baseline && labels.length > 2)
+    found.baseline = [`each model with ${data.baseline}`, against(data.baseline)];
+  if (every.length) found.models = [labels.length > 2 ? "every two of them" : labels.join(" with "), every];
+  if (labels.length > 2) for (const pair of every) found[JSON.stringify(pair)] = [`${pair[0][0]} with ${pair[1][0]}`, [pair]];
+  for (const label of labels) {
+    const most = data.rows.reduce((n, row) => Math.max(n, row.answers[label]?.length ?? 0), 0);
+    if (most > 1) found[`samples ${label}`] = [`samples of ${label}, two at a time`,
+      twoOf([...Array(most).keys()].map((k) => [label, k]))];
+  }
+  return found;
+}
+
+const textOf = (i, [label, sample]) => data.rows[i].answers[label]?.[sample];
+const keyOf = (i, a, b) => JSON.stringify([i, ...[a, b].map(String).sort()]);
+
+/**
+ * The pairs to judge: each prompt once before any comes again, and all comparisons equally often.
+ * Which and in what order the seed decides, so that several people judge the same; on which side an answer stands its
+ * judge's name does, too, and each comparison has as many on one side as on the other.
+ */
+function draw(what, name) {
+  const pairs = choices()[what][1], samples = what.startsWith("samples"), drawn = [], seen = new Set();
+  const prompts = shuffled([...data.rows.keys()], "prompts");
+  const turn = (i) => (samples ? shuffled(pairs, `samples ${i}`) : pairs); // else the first samples would come first
+  const turns = samples ? prompts.map(turn) : null;
+  for (let round = 0; round < pairs.length; round++)
+    prompts.forEach((i, k) => {
+      const [a, b] = samples ? turns[k][round] : pairs[(k + round) % pairs.length];
+      const [first, second] = [textOf(i, a), textOf(i, b)];
+      const same = JSON.stringify([i, ...[first, second].sort()]); // samples repeat
+      if (first === undefined || second === undefined || first === second || seen.has(same)) return;
+      seen.add(same);
+      drawn.push({ i, a, b, comparison: samples ? "" : keyOf("", a, b) });
+    });
+  for (const comparison of new Set(drawn.map((pair) => pair.comparison)))
+    shuffled(drawn.filter((pair) => pair.comparison === comparison), `sides ${name}`, (pair) => keyOf(pair.i, pair.a, pair.b))
+      .forEach((pair, k) => Object.assign(pair, k % 2 ? { left: pair.a, right: pair.b } : { left: pair.b, right: pair.a }));
+  return drawn;
+}
+
+// Votes are kept in the browser, by report and by judge. Some browsers keep nothing for files.
+const place = (name) => `votes ${data.id} ${name}`;
+
+function kept(name) {
+  try { return JSON.parse(localStorage.getItem(place(name))); } catch { return null; }
+}
+
+function keep() {
+  const { name, what, votes } = session;
+  try {
+    localStorage.setItem(place(name), JSON.stringify({ name, what, votes }));
+    localStorage.setItem(place(""), JSON.stringify({ name, what }));
+    at("storage").hidden = true;
+  } catch { at("storage").hidden = false; }
+}
+
+/** Starts, or goes on with the votes that are kept. */
+function start(name, what, votes = kept(name)?.votes ?? []) {
+  session = { name, what, votes, pairs: draw(what, name), saved: votes.length };
+  keep();
+  phase("voting");
+  showPair();
+}
+
+function phase(name) {
+  for (const part of ["setup", "voting", "result"]) at(part).hidden = part !== name;
+}
+
+function showJudge() {
+  if (session) return;
+  phase("setup");
+  const last = kept("");
+  if (!last || at("judge-name").value) return;
+  at("judge-name").value = last.name;
+  if (last.what in choices()) at("what").value = last.what;
+  at("setup-says").textContent = `${kept(last.name)?.votes.length ?? 0} votes of ${last.name} are kept in this browser: Start goes on.`;
+}
+
+/** The first pair without a vote. */
+function nextPair() {
+  const done = new Set(session.votes.map(({ i, left, right }) => keyOf(i, left, right)));
+  return session.pairs.find(({ i, left, right }) => !done.has(keyOf(i, left, right)));
+}
+
+const judged = (votes) => votes.filter(({ vote }) => vote !== "skip");
+
+/** Half the width of the interval that the fewest votes of a model leave at a rate of a half: it tells nobody's rate. */
+function reach() {
+  const counts = {}, votes = judged(session.votes);
+  for (const { i, left, right } of votes) for (const label of new Set([left[0], right[0]])) (counts[label] ??= new Set()).add(i);
+  const fewest = Math.min(...Object.values(counts).map((prompts) => prompts.size));
+  if (!votes.length) return "";
+  const { low, high } = wilson(Array(fewest).fill(0.5), [...Array(fewest).keys()]);
+  return ` · what you will see is known within ±${Math.ceil(50 * (high - low))} points`;
+}
+
+function showPair() {
+  const pair = nextPair(), own = session.votes.length, left = session.pairs.length;
+  const done = session.pairs.filter(({ i, left, right }) => session.votes.some((v) => keyOf(v.i, v.left, v.right) === keyOf(i, left, right))).length;
+  at("progress").max = Math.max(left, 1);
+  at("progress").value = done;
+  at("counts").textContent = `${done} of ${left} pairs${reach()}`;
+  at("undo").disabled = !own;
+  at("all-judged").hidden = Boolean(pair);
+  for (const button of document.querySelectorAll("[data-vote]")) button.disabled = !pair;
+  at("asked").replaceChildren(...(pair ? turns(data.rows[pair.i].prompt) : []));
+  at("pair").replaceChildren(...(pair ? SIDES : []).map((side) => {
+    const title = side === "left" ? "Left" : "Right";
+    return make("section", { class: "card", "aria-label": `${title} answer` },
+      make("h3", { class: "role" }, title), textBox(textOf(pair.i, pair[side]), `${title} answer`));
+  }));
+}
+
+function say(text) {
+  at("said").textContent = text;
+}
+
+function vote(choice) {
+  const pair = nextPair();
+  if (!pair) return;
+  session.votes.push({ i: pair.i, left: pair.left, right: pair.right, vote: choice, time: new Date().toISOString() });
+  keep();
+  showPair();
+  scrollTo({ top: 0 });
+  say(`You said: ${choice}. ${nextPair() ? "The next pair is shown." : "No pair is left."}`);
+}
+
+function undo() {
+  const last = session.votes.pop();
+  if (!last) return;
+  keep();
+  showPair();
+  say(`Undone: ${last.vote}.`);
+}
+
+/** The votes as lines of votes.jsonl, each whole by itself. */
+function lines() {
+  return session.votes.map(({ i, left, right, vote, time }) => JSON.stringify({
+    prompt: data.rows[i].prompt, left: textOf(i, left), right: textOf(i, right), vote,
+    left_model: left[0], left_sample: left[1], right_model: right[0], right_sample: right[1],
+    judge: session.name, time, seed: data.seed, dataset: data.rows[i].dataset, report: data.id,
+  }) + "\n").join("");
+}
+
+function save() {
+  const link = make("a", { download: "votes.jsonl" });
+  link.href = URL.createObjectURL(new Blob([lines()], { type: "application/jsonl" }));
+  link.click();
+  URL.revokeObjectURL(link.href);
+  session.saved = session.votes.length;
+}
+
+/** Goes on with a saved file: its lines find their prompts and answers by their texts. */
+function load(text) {
+  const places = new Map();
+  data.rows.forEach((row, i) => {
+    const prompt = JSON.stringify(row.prompt);
+    places.set(prompt, [...(places.get(prompt) ?? []), i]);
+  });
+  const votes = [], names = new Set();
+  let others = 0;
+  for (const line of text.split("\n").filter((line) => line.trim())) {
+    const row = JSON.parse(line), left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
+    const i = places.get(JSON.stringify(row.prompt))?.find((i) => textOf(i, left) === row.left && textOf(i, right) === row.right);
+    if (i === undefined) { others++; continue; }
+    votes.push({ i, left, right, vote: row.vote, time: row.time });
+    names.add(row.judge);
+  }
+  if (names.size !== 1) return names.size ? "These are votes of several people: load one person's." : "No vote in it is on this report's answers.";
+  const name = [...names][0], before = kept(name)?.votes.length ?? 0;
+  if (before > votes.length && !confirm(`This browser has ${before} votes of ${name}, the file ${votes.length}. Take the file's?`)) return "";
+  at("judge-name").value = name;
+  start(name, at("what").value, votes);
+  say(`${votes.length} votes of ${name} are loaded.${others ? ` ${others} are on another report's answers: left out.` : ""}`);
+  return "";
+}
+
+function table(caption, columns, rows) {
+  return make("div", { class: "wide" }, make("table", {}, make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)))),
+    make("tbody", {}, ...rows.map(([name, ...cells]) =>
+      make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, cell)))))));
+}
+
+const share = (found) => (found ? `${percent(found.mean)} (${Math.round(100 * found.low)}–${Math.round(100 * found.high)})` : "–");
+
+/** How often the label's answer was preferred to the other's, or to anybody's; as people.wins_of does. */
+function winsOf(label, other = null) {
+  const own = judged(session.votes).filter(({ left: [a], right: [b] }) =>
+    a !== b && (a === label || b === label) && (other === null || a === other || b === other));
+  const values = own.map(({ left: [a], vote }) =>
+    SIDES.includes(vote) ? Number((vote === "left") === (a === label)) : 0.5);
+  return wilson(values, own.map(({ i }) => i));
+}
+
+/** How often a judge scores the answer higher that was preferred. */
+function agreement(judge) {
+  const own = session.votes.filter(({ vote }) => SIDES.includes(vote)).map(({ i, left, right, vote }) =>
+    [i, ...(vote === "left" ? [left, right] : [right, left]).map(([label, k]) => score(data.rows[i], judge, label, k))]);
+  const known = own.filter(([, better, worse]) => better !== null && worse !== null);
+  return wilson(known.map(([, better, worse]) => (1 + Math.sign(better - worse)) / 2), known.map(([i]) => i));
+}
+
+function showResult() {
+  const votes = judged(session.votes), labels = data.labels.filter((label) => winsOf(label));
+  const baseline = labels.includes(data.baseline) && labels.length > 2 ? data.baseline : null;
+  const count = (kind) => session.votes.filter(({ vote }) => vote === kind).length;
+  const tables = [make("p", {}, `${votes.length} votes: ${count("left")} left, ${count("right")} right, ${count("tie")} ties, ` +
+    `${count("both bad")} both bad; ${count("skip")} skipped. A tie counts half; in brackets Wilson's 95% interval.`)];
+  if (labels.length) tables.push(table("by your votes",
+    ["model", "wins", ...(baseline ? [`wins against ${baseline}`] : []), "votes"], labels.map((label) =>
+      [label, share(winsOf(label)), ...(baseline ? [label === baseline ? "–" : share(winsOf(label, baseline))] : []),
+        String(winsOf(label).rows)])));
+  const judges = data.judges.filter((judge) => agreement(judge));
+  if (judges.length) tables.push(table("judges beside you", ["judge", "agrees with you", "votes"],
+    judges.map((judge) => [judge, share(agreement(judge)), String(agreement(judge).rows)])));
+  at("result-tables").replaceChildren(...tables);
+  const models = Object.keys(data.models).sort((a, b) => (winsOf(b)?.mean ?? 0) - (winsOf(a)?.mean ?? 0));
+  const model = session.what.startsWith("samples ") ? session.what.slice(8) : models[0];
+  at("next").replaceChildren(make("p", {}, "Save votes.jsonl, and move it into the report's folder."),
+    ...data.next.flatMap(([why, command]) =>
+      [make("p", {}, `${why}:`), make("pre", { tabindex: "0" }, command.replace("MODEL", () => data.models[model]))]));
+  phase("result");
+  at("result-title").focus();
+}
+
+options(at("what"), Object.entries(choices()).map(([what, [title]]) => [what, title]));
+at("setup").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const name = at("judge-name").value.trim();
+  if (name && at("what").value) start(name, at("what").value);
+});
+at("load").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  try { at("setup-says").textContent = load(await file.text()); } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    at("setup-says").textContent = "This is no votes.jsonl: a line of it is no JSON.";
+  }
+  event.target.value = "";
+});
+for (const button of document.querySelectorAll("[data-vote]"))
+  button.addEventListener("click", () => vote(button.dataset.vote));
+for (const button of document.querySelectorAll(".save")) button.addEventListener("click", save);
+at("undo").addEventListener("click", undo);
+at("end").addEventListener("click", showResult);
+at("again").addEventListener("click", () => { phase("voting"); showPair(); });
+at("forget").addEventListener("click", () => {
+  if (!confirm("Delete these votes from this browser? A file that you saved stays.")) return;
+  localStorage.removeItem(place(session.name));
+  localStorage.removeItem(place(""));
+  session = null;
+  at("judge-name").value = "";
+  at("setup-says").textContent = "";
+  showJudge();
+});
+addEventListener("keydown", (event) => {
+  if (!isForView(event, "judge") || at("voting").hidden || !at("keys").checked || event.repeat) return;
+  const votes = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", t: "tie", b: "both bad", s: "skip" };
+  if (event.key in votes) vote(votes[event.key]);
+  else if (event.key === "u") undo();
+  else return;
+  event.preventDefault();
+});
+addEventListener("beforeunload", (event) => { // only where nothing keeps them
+  if (session && !at("storage").hidden && session.votes.length > session.saved) event.preventDefault();
+});
