@@ -37,6 +37,11 @@ class Vote(NamedTuple):
         return json.dumps(self.prompt), *sorted((self.left, self.right))
 
     @property
+    def contest(self) -> tuple[str, ...]:
+        """The pair and whose it is: two models may have said the same, and each has a vote of its own."""
+        return *self.pair, *sorted((self.left_model, self.right_model))
+
+    @property
     def choice(self) -> str | None:
         """The text that was liked better; None without a preference."""
         return {"left": self.left, "right": self.right}.get(self.vote)
@@ -55,11 +60,15 @@ def vote_of(row: dict, judge: str = "") -> Vote:
     return Vote(prompt, **texts | {"judge": texts["judge"].strip() or judge})
 
 
-def last_votes(votes: list[tuple]) -> tuple[list[tuple], list[tuple]]:
-    """Tuples of a Vote and more, without those that their person has changed later; and those."""
+def last_votes(votes: list[tuple], on: str) -> tuple[list[tuple], list[tuple]]:
+    """Tuples of a Vote and more, without those that their person has changed later; and those.
+
+    Args:
+        on: the property that votes on the same share.
+    """
     last = {}
     for entry in sorted(votes, key=lambda entry: entry[0].time):  # stable: without times the later line counts
-        last[entry[0].judge, entry[0].pair] = entry
+        last[entry[0].judge, getattr(entry[0], on)] = entry
     kept = {id(entry) for entry in last.values()}
     return [entry for entry in votes if id(entry) in kept], [entry for entry in votes if id(entry) not in kept]
 
@@ -72,7 +81,7 @@ def by_pair(rows) -> Iterator[tuple[str, object]]:
             votes.append((vote_of(row), place, row))
         except (Skip, AttributeError, TypeError) as error:  # a row that is none, or none that can be asked
             yield place, row if isinstance(row, Skip) else error if isinstance(error, Skip) else BadRow("no vote")
-    votes, changed = last_votes(votes)
+    votes, changed = last_votes(votes, "pair")
     for _, place, _ in changed:
         yield place, Skip("a later vote of the same person")
     for entry in votes:
@@ -124,4 +133,4 @@ def load_votes(paths: list[str]) -> list[Vote]:
                 raise UserError(f"{place}: {error}\ngive the votes.jsonl that the report's page saves") from error
     if not any(vote.vote != "skip" for (vote,) in votes):
         raise UserError(f"--votes {','.join(paths)}: there is no vote in it")
-    return [vote for (vote,) in last_votes(votes)[0]]
+    return [vote for (vote,) in last_votes(votes, "contest")[0]]

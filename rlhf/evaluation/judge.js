@@ -1,7 +1,7 @@
 // Judge: two answers to one prompt, nobody knows whose. All that says which model wrote what stays in variables.
 
 let session = null; // {name, what, votes, pairs}; a vote is {i, left, right, vote, time}, an answer [label, sample]
-const SIDES = ["left", "right"];
+const SIDES = ["left", "right"], VOTES = [...SIDES, "tie", "both bad", "skip"];
 
 /** A well mixed 32-bit number of a text (FNV-1a, then murmur's last steps): order and sides are drawn by it. */
 function hash(text) {
@@ -37,31 +37,36 @@ function choices() {
 }
 
 const textOf = (i, [label, sample]) => data.rows[i].answers[label]?.[sample];
-const keyOf = (i, a, b) => JSON.stringify([i, ...[a, b].map(String).sort()]);
+const keyOf = ({ i, left, right }) => JSON.stringify([i, ...[left, right].map(String).sort()]);
+
+/** Whether an answer is there, and no earlier sample of the same text. */
+const isFirst = (i, [label, sample]) => data.rows[i].answers[label]?.indexOf(textOf(i, [label, sample])) === sample;
 
 /**
- * The pairs to judge: each prompt once before any comes again, and all comparisons equally often.
+ * The pairs to judge: each prompt once before any comes again, and all comparisons about equally often at any time.
  * Which and in what order the seed decides, so that several people judge the same; on which side an answer stands its
- * judge's name does, too, and each comparison has as many on one side as on the other.
+ * judge's name does, too, and of each comparison as many stand on one side as on the other.
  */
 function draw(what, name) {
-  const pairs = choices()[what][1], samples = what.startsWith("samples"), drawn = [], seen = new Set();
-  const prompts = shuffled([...data.rows.keys()], "prompts");
-  const turn = (i) => (samples ? shuffled(pairs, `samples ${i}`) : pairs); // else the first samples would come first
-  const turns = samples ? prompts.map(turn) : null;
+  const pairs = choices()[what][1], places = [...data.rows.keys()], drawn = pairs.map(() => []);
+  const samples = what.startsWith("samples"); // all of them are one comparison
+  // where a prompt starts among the pairs is drawn apart from when it is shown: the order tells nothing
+  const offsets = new Map(shuffled(places, "offsets").map((i, k) => [i, k % pairs.length]));
+  const order = shuffled(places, "prompts"), found = [];
   for (let round = 0; round < pairs.length; round++)
-    prompts.forEach((i, k) => {
-      const [a, b] = samples ? turns[k][round] : pairs[(k + round) % pairs.length];
-      const [first, second] = [textOf(i, a), textOf(i, b)];
-      const same = JSON.stringify([i, ...[first, second].sort()]); // samples repeat
-      if (first === undefined || second === undefined || first === second || seen.has(same)) return;
-      seen.add(same);
-      drawn.push({ i, a, b, comparison: samples ? "" : keyOf("", a, b) });
+    for (const i of order) {
+      const place = (offsets.get(i) + round) % pairs.length, [a, b] = pairs[place];
+      if (!isFirst(i, a) || !isFirst(i, b) || textOf(i, a) === textOf(i, b)) continue;
+      const pair = { i, left: a, right: b };
+      pair.key = keyOf(pair);
+      found.push(pair);
+      drawn[samples ? 0 : place].push(pair);
+    }
+  for (const comparison of drawn)
+    shuffled(comparison, `sides ${name}`, (pair) => pair.key).forEach((pair, k) => {
+      if (k % 2) [pair.left, pair.right] = [pair.right, pair.left];
     });
-  for (const comparison of new Set(drawn.map((pair) => pair.comparison)))
-    shuffled(drawn.filter((pair) => pair.comparison === comparison), `sides ${name}`, (pair) => keyOf(pair.i, pair.a, pair.b))
-      .forEach((pair, k) => Object.assign(pair, k % 2 ? { left: pair.a, right: pair.b } : { left: pair.b, right: pair.a }));
-  return drawn;
+  return found;
 }
 
 // Votes are kept in the browser, by report and by judge. Some browsers keep nothing for files.
@@ -86,6 +91,7 @@ function start(name, what, votes = kept(name)?.votes ?? []) {
   keep();
   phase("voting");
   showPair();
+  at("voting").focus();
 }
 
 function phase(name) {
@@ -102,10 +108,10 @@ function showJudge() {
   at("setup-says").textContent = `${kept(last.name)?.votes.length ?? 0} votes of ${last.name} are kept in this browser: Start goes on.`;
 }
 
-/** The first pair without a vote. */
-function nextPair() {
-  const done = new Set(session.votes.map(({ i, left, right }) => keyOf(i, left, right)));
-  return session.pairs.find(({ i, left, right }) => !done.has(keyOf(i, left, right)));
+/** The pairs without a vote. */
+function openPairs() {
+  const done = new Set(session.votes.map(keyOf));
+  return session.pairs.filter((pair) => !done.has(pair.key));
 }
 
 const judged = (votes) => votes.filter(({ vote }) => vote !== "skip");
@@ -117,16 +123,15 @@ function reach() {
   const fewest = Math.min(...Object.values(counts).map((prompts) => prompts.size));
   if (!votes.length) return "";
   const { low, high } = wilson(Array(fewest).fill(0.5), [...Array(fewest).keys()]);
-  return ` · what you will see is known within ±${Math.ceil(50 * (high - low))} points`;
+  return ` · so far the result is known within ±${Math.ceil(50 * (high - low))} points`;
 }
 
 function showPair() {
-  const pair = nextPair(), own = session.votes.length, left = session.pairs.length;
-  const done = session.pairs.filter(({ i, left, right }) => session.votes.some((v) => keyOf(v.i, v.left, v.right) === keyOf(i, left, right))).length;
-  at("progress").max = Math.max(left, 1);
-  at("progress").value = done;
-  at("counts").textContent = `${done} of ${left} pairs${reach()}`;
-  at("undo").disabled = !own;
+  const open = openPairs(), [pair] = open, all = session.pairs.length;
+  at("progress").max = Math.max(all, 1);
+  at("progress").value = all - open.length;
+  at("counts").textContent = `${all - open.length} of ${all} pairs${reach()}`;
+  at("undo").disabled = !session.votes.length;
   at("all-judged").hidden = Boolean(pair);
   for (const button of document.querySelectorAll("[data-vote]")) button.disabled = !pair;
   at("asked").replaceChildren(...(pair ? turns(data.rows[pair.i].prompt) : []));
@@ -142,13 +147,13 @@ function say(text) {
 }
 
 function vote(choice) {
-  const pair = nextPair();
+  const [pair, next] = openPairs();
   if (!pair) return;
   session.votes.push({ i: pair.i, left: pair.left, right: pair.right, vote: choice, time: new Date().toISOString() });
   keep();
   showPair();
   scrollTo({ top: 0 });
-  say(`You said: ${choice}. ${nextPair() ? "The next pair is shown." : "No pair is left."}`);
+  say(`You said: ${choice}. ${next ? "The next pair is shown." : "No pair is left."}`);
 }
 
 function undo() {
@@ -186,9 +191,9 @@ function load(text) {
   const votes = [], names = new Set();
   let others = 0;
   for (const line of text.split("\n").filter((line) => line.trim())) {
-    const row = JSON.parse(line), left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
+    const row = JSON.parse(line) ?? {}, left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
     const i = places.get(JSON.stringify(row.prompt))?.find((i) => textOf(i, left) === row.left && textOf(i, right) === row.right);
-    if (i === undefined) { others++; continue; }
+    if (i === undefined || !VOTES.includes(row.vote)) { others++; continue; }
     votes.push({ i, left, right, vote: row.vote, time: row.time });
     names.add(row.judge);
   }
@@ -231,7 +236,7 @@ function showResult() {
   const votes = judged(session.votes), labels = data.labels.filter((label) => winsOf(label));
   const baseline = labels.includes(data.baseline) && labels.length > 2 ? data.baseline : null;
   const count = (kind) => session.votes.filter(({ vote }) => vote === kind).length;
-  const tables = [make("p", {}, `${votes.length} votes: ${count("left")} left, ${count("right")} right, ${count("tie")} ties, ` +
+  const tables = [make("p", {}, `${votes.length} votes: ${count("left")} left, ${count("right")} right, ${count("tie")} tied, ` +
     `${count("both bad")} both bad; ${count("skip")} skipped. A tie counts half; in brackets Wilson's 95% interval.`)];
   if (labels.length) tables.push(table("by your votes",
     ["model", "wins", ...(baseline ? [`wins against ${baseline}`] : []), "votes"], labels.map((label) =>

@@ -61,7 +61,7 @@ const VIEWS = { report: () => {}, read: () => showRead(), judge: () => showJudge
 function route() {
   const name = location.hash.slice(1).split("-")[0];
   const view = name in VIEWS ? name : "report";
-  for (const other of Object.keys(VIEWS)) at(other).hidden = other !== view;
+  for (const other of Object.keys(VIEWS)) at(`${other}-view`).hidden = other !== view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -73,7 +73,7 @@ function route() {
 function isForView(event, view) {
   const field = event.target.closest?.("input, select, textarea");
   const typing = field && field.type !== "checkbox";
-  return !at(view).hidden && !typing && !event.ctrlKey && !event.metaKey && !event.altKey;
+  return !at(`${view}-view`).hidden && !typing && !event.ctrlKey && !event.metaKey && !event.altKey;
 }
 
 addEventListener("hashchange", route);

@@ -19,8 +19,12 @@ FOLDER = Path(__file__).parent
 SCRIPTS = ("page.js", "read.js", "judge.js")
 
 
+def read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
 def embedded(data) -> str:
-    """JSON for a script element, which no text in it can end or turn into a comment; ASCII, so that no byte is lost."""
+    """JSON for a script element, which no text in it can end or make a comment of; ASCII, whatever its text."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -89,7 +93,6 @@ def next_steps(report) -> list[list[str]]:
 
 def write_page(report, folder: Path) -> None:
     """report.html, with the picture report.png that lies beside it."""
-    read = lambda name: (FOLDER / name).read_text(encoding="utf-8")  # noqa: E731
     style, script = read("page.css"), "\n".join(map(read, SCRIPTS))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(read("page.html.jinja")).render(

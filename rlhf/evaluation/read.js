@@ -51,7 +51,7 @@ function showList(place) {
   at("prompts").replaceChildren(...found.slice(first, first + SHOWN).map((i) => {
     const row = data.rows[i], margin = marginOf(row);
     const says = margin === null ? "" : margin === 0 ? "even"
-      : `${(margin > 0 ? at("ours") : at("theirs")).value} +${Math.abs(margin).toPrecision(3)}`;
+      : `${(margin > 0 ? at("ours") : at("theirs")).value} +${short(Math.abs(margin))}`;
     const link = make("a", { href: `#read-${i + 1}` },
       make("span", { dir: "auto" }, visible(row.prompt.at(-1)?.content ?? "").slice(0, 120)),
       make("span", { class: "quiet" }, `${i + 1} · ${says}`));
@@ -64,9 +64,11 @@ function showList(place) {
   at("later").disabled = last === found.length;
 }
 
+const short = (value) => (value === null ? "–" : String(Number(value.toPrecision(3))));
+
 /** The facts of an answer in a line: scores, words, whether it was cut off. */
 function facts(row, label, sample) {
-  const parts = data.judges.map((judge) => `${judge} ${score(row, judge, label, sample) ?? "–"}`);
+  const parts = data.judges.map((judge) => `${judge} ${short(score(row, judge, label, sample))}`);
   parts.push(`${words(row.answers[label][sample])} words`);
   if (!row.ended[label][sample]) parts.push("cut off");
   return parts.join(" · ");

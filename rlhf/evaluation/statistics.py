@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: win rates with intervals, agreement, calibration, rank correlations, ROUGE, distinct-n.
+"""The numbers of an evaluation: intervals, win rates, agreement, calibration, rank correlations, ROUGE.
 
 Plain functions of lists. What is not defined (the mean of nothing, a correlation with a constant) is None, never NaN.
 """
