@@ -76,13 +76,16 @@ function kept(name) {
   try { return JSON.parse(localStorage.getItem(place(name))); } catch { return null; }
 }
 
+let keeps = true;
+
 function keep() {
   const { name, what, votes } = session;
+  keeps = true;
   try {
     localStorage.setItem(place(name), JSON.stringify({ name, what, votes }));
     localStorage.setItem(place(""), JSON.stringify({ name, what }));
-    at("storage").hidden = true;
-  } catch { at("storage").hidden = false; }
+  } catch { keeps = false; }
+  for (const notice of document.querySelectorAll(".storage")) notice.hidden = keeps;
 }
 
 /** Starts, or goes on with the votes that are kept. */
@@ -293,5 +296,5 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 addEventListener("beforeunload", (event) => { // only where nothing keeps them
-  if (session && !at("storage").hidden && session.votes.length > session.saved) event.preventDefault();
+  if (session && !keeps && session.votes.length > session.saved) event.preventDefault();
 });
