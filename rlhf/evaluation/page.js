@@ -22,7 +22,7 @@ function visible(text) {
 function textBox(text, label) {
   const box = make("div", { class: "text", dir: "auto", tabindex: "0", role: "region", "aria-label": label });
   if (!text) box.append(make("em", { class: "quiet" }, "(empty)"));
-  visible(text).split(/(^```[^\n]*\n[^]*?^```[ \t]*$)/m).forEach((part, i) => {
+  visible(text).split(/(^```[^\n]*\n[^]*?^```[ \t]*(?:\n|$))/m).forEach((part, i) => {
     if (part) box.append(i % 2 ? make("code", {}, part) : part);
   });
   return box;
