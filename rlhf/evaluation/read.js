@@ -41,6 +41,7 @@ function filter() {
   const keys = { differ: () => data.rows.map((row) => Math.abs(marginOf(row) ?? 0)), disagree: disagreements };
   const key = keys[at("order").value]?.();
   if (key) found.sort((i, j) => key[j] - key[i] || i - j);
+  if (found.length && !found.includes(current)) current = found[0];
   at("found").textContent = `${found.length} of ${data.rows.length} prompts`;
   showList(Math.max(0, found.indexOf(current)));
 }
@@ -114,7 +115,9 @@ function showRead() {
 
 function step(by) {
   const place = found.indexOf(current) + by;
-  if (place >= 0 && place < found.length) location.hash = `read-${found[place] + 1}`;
+  if (place < 0 || place >= found.length) return;
+  location.hash = `read-${found[place] + 1}`;
+  route(); // the address may be the same: a filter had led away from it
 }
 
 const named = (values) => values.map((value) => [value, value]);
