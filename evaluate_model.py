@@ -14,7 +14,7 @@ holds out. Writes report.html, a page to read all answers on and to judge them y
 report.png and samples.csv; with --best_of pairs of the best and the worst sample. --dataset_names reads those, and the
 votes that the page saves. Answers are kept as they come: Ctrl-C loses little, and the same command goes on.
 
-Watch the intervals, not the means: at 200 prompts a win rate is known within 7 points. And read samples.csv: a judge
+Watch the intervals, not the means: at 200 prompts a win rate is known within 7 points. And read answers: a judge
 that was trained on data like these is no judge of anything else.
 """
 

@@ -374,7 +374,7 @@ def test_a_reward_model_that_is_right_and_one_that_has_no_opinion(rankings, judg
         ({"baseline": "m", "reward_model_name_or_path": "r", "dataset_names": "demo"}, "--baseline needs"),
         ({"model_name_or_path": "./nowhere", "dataset_names": "demo"}, "./nowhere"),
         ({"model_name_or_path": "m", "dataset_names": "demo", "votes": "none.jsonl"}, "--votes none.jsonl"),
-        ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "votes": "DATA"}, "a vote without the texts"),
+        ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "votes": "DATA"}, "a vote without 'left'"),
         ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "response_length": 125}, "no room for a prompt"),
         ({"model_name_or_path": "BASE", "dataset_names": "DATA", "validation_split_percentage": 0.01}, "is held out"),
         ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "reward_model_name_or_path": "JUDGES:broken"},

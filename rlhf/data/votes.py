@@ -50,8 +50,10 @@ class Vote(NamedTuple):
 def vote_of(row: dict, judge: str = "") -> Vote:
     """The vote in a line; `judge` is its person's name where the line has none. Raises BadRow where it is no vote."""
     texts = {key: row.get(key) or "" for key in Vote._fields if key != "prompt"}
-    if "left" not in row or "right" not in row or not all(isinstance(text, str) for text in texts.values()):
-        raise BadRow("a vote without the texts 'left' and 'right'")
+    if "left" not in row or "right" not in row:
+        raise BadRow("a vote without 'left' and 'right', its two answers")
+    if other := next((key for key, text in texts.items() if not isinstance(text, str)), None):
+        raise BadRow(f"{other!r} of a vote is no text")
     if texts["vote"] not in VOTES:
         raise BadRow(f"'vote' is {texts['vote'][:20]!r}: known are {', '.join(VOTES)}")
     # as in the rows that the answers were made for, so that both are known for the same prompt
@@ -78,7 +80,7 @@ def by_pair(rows) -> Iterator[tuple[str, object]]:
     votes, pairs = [], {}
     for place, row in rows:
         try:
-            votes.append((vote_of(row), place, row))
+            votes.append((vote_of(row, judge=place.rpartition(":")[0]), place, row))
         except (Skip, AttributeError, TypeError) as error:  # a row that is none, or none that can be asked
             yield place, row if isinstance(row, Skip) else error if isinstance(error, Skip) else BadRow("no vote")
     votes, changed = last_votes(votes, "pair")
@@ -120,7 +122,7 @@ def load_votes(paths: list[str]) -> list[Vote]:
     Raises:
         UserError: naming file and line, where something is no vote; a figure must not rest on half a file.
     """
-    votes = []
+    votes, stems = [], [Path(path).stem for path in paths]
     for path in map(Path, paths):
         if not is_data(path):
             raise UserError(f"--votes {path}: give the votes.jsonl that the report's page saves")
@@ -128,7 +130,7 @@ def load_votes(paths: list[str]) -> list[Vote]:
             try:
                 if isinstance(row, Skip):
                     raise row
-                votes.append((vote_of(row, judge=path.stem),))
+                votes.append((vote_of(row, judge=path.stem if stems.count(path.stem) == 1 else str(path)),))
             except Skip as error:
                 raise UserError(f"{place}: {error}\ngive the votes.jsonl that the report's page saves") from error
     if not any(vote.vote != "skip" for (vote,) in votes):

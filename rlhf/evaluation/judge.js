@@ -22,7 +22,7 @@ const twoOf = (items) => items.flatMap((a, k) => items.slice(k + 1).map((b) => [
 
 /** What can be compared: {what: [title, the pairs of answers of each prompt]}. */
 function choices() {
-  const labels = data.labels, every = twoOf(labels.map((label) => [label, 0])), found = {};
+  const labels = data.labels, every = twoOf(labels.map((label) => [label, 0])), found = {}, samples = {};
   const against = (other) => every.filter((pair) => pair.some(([label]) => label === other));
   if (data.baseline && labels.length > 2)
     found.baseline = [`each model with ${data.baseline}`, against(data.baseline)];
@@ -30,10 +30,11 @@ function choices() {
   if (labels.length > 2) for (const pair of every) found[JSON.stringify(pair)] = [`${pair[0][0]} with ${pair[1][0]}`, [pair]];
   for (const label of labels) {
     const most = data.rows.reduce((n, row) => Math.max(n, row.answers[label]?.length ?? 0), 0);
-    if (most > 1) found[`samples ${label}`] = [`samples of ${label}, two at a time`,
+    if (most > 1) samples[`samples ${label}`] = [`samples of ${label}, two at a time`,
       twoOf([...Array(most).keys()].map((k) => [label, k]))];
   }
-  return found;
+  // the first is what is offered: of a single model its samples
+  return Object.keys(data.models).length === 1 ? { ...samples, ...found } : { ...found, ...samples };
 }
 
 const textOf = (i, [label, sample]) => data.rows[i].answers[label]?.[sample];
@@ -253,12 +254,13 @@ function showResult() {
   const model = session.what.startsWith("samples ") ? session.what.slice(8) : models[0];
   at("next").replaceChildren(make("p", {}, "Save votes.jsonl, and move it into the report's folder."),
     ...data.next.flatMap(([why, command]) =>
-      [make("p", {}, `${why}:`), make("pre", { tabindex: "0" }, command.replace("MODEL", () => data.models[model]))]));
+      [make("p", {}, `${why}:`), make("pre", { tabindex: "0" }, command.replace("<MODEL>", () => data.models[model]))]));
   phase("result");
   at("result-title").focus();
 }
 
 options(at("what"), Object.entries(choices()).map(([what, [title]]) => [what, title]));
+if (!at("what").value) at("setup-says").textContent = "There is one answer to each prompt: evaluate with a --baseline, or with --best_of.";
 at("setup").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = at("judge-name").value.trim();

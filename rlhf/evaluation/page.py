@@ -63,14 +63,14 @@ def page_data(report) -> dict:
 
 
 def next_steps(report) -> list[list[str]]:
-    """[why, command] of what to do with votes; MODEL stands for the model that the votes are on."""
+    """[why, command] of what to do with votes; <MODEL> stands for the model that the votes are on."""
     settings = report["settings"]
     votes = shlex.quote(f"{settings['output_dir']}/votes.jsonl")
     steps = [["Your votes beside the judges' scores", f"{report['command']} --votes={votes}"]]
     if "models" not in report:
         return steps
     if settings["eval_dataset_names"]:
-        flags = f"--model_name_or_path=MODEL --dataset_names={votes} --output_dir=saved"
+        flags = f"--model_name_or_path=<MODEL> --dataset_names={votes} --output_dir=saved"
         return steps + [
             ["Train a policy on your votes", f"accelerate launch dpo_training.py {flags}/dpo_on_votes"],
             ["Or a reward model", f"accelerate launch reward_modeling.py {flags}/reward_on_votes"],
@@ -85,7 +85,7 @@ def next_steps(report) -> list[list[str]]:
         ],
         [
             "Then have them answered",
-            f"python evaluate_model.py --model_name_or_path=MODEL{judge}"
+            f"python evaluate_model.py --model_name_or_path=<MODEL>{judge}"
             " --eval_dataset_names=saved/to_judge/train.jsonl --output_dir=saved/judging",
         ],
     ]

@@ -112,14 +112,16 @@ def test_for_figures_a_vote_is_one_or_stops(tmp_path):
     votes = load_votes([str(path)])
     assert [(v.judge, v.left_model, v.vote) for v in votes] == [
         ("carol", "sft", "left"), ("carol", "ppo", "right"), ("ann", "sft", "left")]  # fmt: skip
+    other = write(tmp_path / "more" / "carol.jsonl", [vote("left", judge="")])
+    assert len({v.judge for v in load_votes([str(path), str(other)])}) == 3  # two files of one name are two people
     for line, says in (
         (vote("banana"), r"carol.jsonl:2: 'vote' is 'banana'"),
         ("{", r"carol.jsonl:2: broken JSON"),
         (
             {"prompt": "?", "chosen": "a", "rejected": "b"},
-            "carol.jsonl:2: a vote without the texts",
+            "carol.jsonl:2: a vote without 'left'",
         ),
-        (vote(left=7), "carol.jsonl:2: a vote without"),
+        (vote(left=7), "carol.jsonl:2: 'left' of a vote is no text"),
         (vote() | {"prompt": None}, "carol.jsonl:2: a text is missing"),
     ):
         with pytest.raises(UserError, match=says):

@@ -111,7 +111,7 @@ def test_what_to_type_next_is_what_can_be_typed(held_out):
     steps = next_steps({"models": {}, "settings": settings, "command": command})
     assert len(steps) == 3 and held_out == any("held out" in why for why, _ in steps)
     for _, typed in steps:
-        words = shlex.split(typed.replace("MODEL", "saved/sft"))
+        words = shlex.split(typed.replace("<MODEL>", "saved/sft"))
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         if words[at] in ("evaluate_model.py", "prepare_data.py"):
             module = evaluate_model if words[at] == "evaluate_model.py" else prepare_data

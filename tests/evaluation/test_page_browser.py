@@ -306,16 +306,18 @@ def test_what_a_page_might_send_is_refused(browser, tmp_path):
 def test_samples_of_one_model_are_judged_too(browser, tmp_path):
     answers = {"tuned": [[f"{i} first", f"{i} second", f"{i} first", f"{i} third"] for i in range(12)]}
     scores = {"judge": {"tuned": [[1.0, 2.0, 1.0, 3.0]] * 12}}
-    start(browser, page_of(tmp_path, answers, scores), "samples tuned")
+    browser.get(page_of(tmp_path / "one", {"tuned": [["one"]]}) + "#judge")
+    assert "evaluate with a --baseline, or with --best_of" in text(browser, "#setup-says")
+    start(browser, page_of(tmp_path, answers, scores))  # of a single model they are what is offered
     assert text(browser, "#counts") == "0 of 36 pairs"  # three different samples of each prompt
     pairs = []
-    for n in range(12):
+    for _ in range(12):
         pair = shown(browser)
         pairs.append({said.split()[1] for said in pair})
         assert len({said.split()[0] for said in pair}) == 1 and len(pairs[-1]) == 2
         worth = [("first", "second", "third").index(said.split()[1]) for said in pair]
         press(browser, "1" if worth[0] > worth[1] else "2")
-        assert "±" in text(browser, "#counts") or n < 0
+        assert "±" in text(browser, "#counts")
     assert len(set(map(frozenset, pairs))) == 3
     _, lines = saved_lines(browser, tmp_path / "saved")
     assert {line["left_model"] for line in lines} == {"tuned"}
