@@ -27,7 +27,8 @@ function choices() {
   if (data.baseline && labels.length > 2)
     found.baseline = [`each model with ${data.baseline}`, against(data.baseline)];
   if (every.length) found.models = [labels.length > 2 ? "every two of them" : labels.join(" with "), every];
-  if (labels.length > 2) for (const pair of every) found[JSON.stringify(pair)] = [`${pair[0][0]} with ${pair[1][0]}`, [pair]];
+  for (const pair of labels.length > 2 ? every : [])
+    found[JSON.stringify(pair)] = [`${pair[0][0]} with ${pair[1][0]}`, [pair]];
   for (const label of labels) {
     const most = data.rows.reduce((n, row) => Math.max(n, row.answers[label]?.length ?? 0), 0);
     if (most > 1) samples[`samples ${label}`] = [`samples of ${label}, two at a time`,
@@ -109,7 +110,8 @@ function showJudge() {
   if (!last || at("judge-name").value) return;
   at("judge-name").value = last.name;
   if (last.what in choices()) at("what").value = last.what;
-  at("setup-says").textContent = `${kept(last.name)?.votes.length ?? 0} votes of ${last.name} are kept in this browser: Start goes on.`;
+  const count = kept(last.name)?.votes.length ?? 0;
+  at("setup-says").textContent = `${count} votes of ${last.name} are kept in this browser: Start goes on.`;
 }
 
 /** The pairs without a vote. */
@@ -120,10 +122,11 @@ function openPairs() {
 
 const judged = (votes) => votes.filter(({ vote }) => vote !== "skip");
 
-/** Half the width of the interval that the fewest votes of a model leave at a rate of a half: it tells nobody's rate. */
+/** Half the width of the interval that the fewest votes of a model leave at a rate of a half: it tells no rate. */
 function reach() {
   const counts = {}, votes = judged(session.votes);
-  for (const { i, left, right } of votes) for (const label of new Set([left[0], right[0]])) (counts[label] ??= new Set()).add(i);
+  for (const { i, left, right } of votes)
+    for (const [label] of [left, right]) (counts[label] ??= new Set()).add(promptOf(i));
   const fewest = Math.min(...Object.values(counts).map((prompts) => prompts.size));
   if (!votes.length) return "";
   const { low, high } = wilson(Array(fewest).fill(0.5), [...Array(fewest).keys()]);
@@ -195,72 +198,29 @@ function load(text) {
   const votes = [], names = new Set();
   let others = 0;
   for (const line of text.split("\n").filter((line) => line.trim())) {
-    const row = JSON.parse(line) ?? {}, left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
-    const i = places.get(JSON.stringify(row.prompt))?.find((i) => textOf(i, left) === row.left && textOf(i, right) === row.right);
+    const row = JSON.parse(line) ?? {};
+    const left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
+    const i = places.get(JSON.stringify(row.prompt))
+      ?.find((i) => textOf(i, left) === row.left && textOf(i, right) === row.right);
     if (i === undefined || !VOTES.includes(row.vote)) { others++; continue; }
     votes.push({ i, left, right, vote: row.vote, time: row.time });
     names.add(row.judge);
   }
-  if (names.size !== 1) return names.size ? "These are votes of several people: load one person's." : "No vote in it is on this report's answers.";
+  if (names.size > 1) return "These are votes of several people: load one person's.";
+  if (!names.size) return "No vote in it is on this report's answers.";
   const name = [...names][0], before = kept(name)?.votes.length ?? 0;
-  if (before > votes.length && !confirm(`This browser has ${before} votes of ${name}, the file ${votes.length}. Take the file's?`)) return "";
+  const question = `This browser has ${before} votes of ${name}, the file ${votes.length}. Take the file's?`;
+  if (before > votes.length && !confirm(question)) return "";
   at("judge-name").value = name;
   start(name, at("what").value, votes);
-  say(`${votes.length} votes of ${name} are loaded.${others ? ` ${others} are on another report's answers: left out.` : ""}`);
+  const leftOut = others ? ` ${others} are on another report's answers: left out.` : "";
+  say(`${votes.length} votes of ${name} are loaded.${leftOut}`);
   return "";
 }
 
-function table(caption, columns, rows) {
-  return make("div", { class: "wide" }, make("table", {}, make("caption", {}, caption),
-    make("thead", {}, make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)))),
-    make("tbody", {}, ...rows.map(([name, ...cells]) =>
-      make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, cell)))))));
-}
-
-const share = (found) => (found ? `${percent(found.mean)} (${Math.round(100 * found.low)}–${Math.round(100 * found.high)})` : "–");
-
-/** How often the label's answer was preferred to the other's, or to anybody's; as people.wins_of does. */
-function winsOf(label, other = null) {
-  const own = judged(session.votes).filter(({ left: [a], right: [b] }) =>
-    a !== b && (a === label || b === label) && (other === null || a === other || b === other));
-  const values = own.map(({ left: [a], vote }) =>
-    SIDES.includes(vote) ? Number((vote === "left") === (a === label)) : 0.5);
-  return wilson(values, own.map(({ i }) => i));
-}
-
-/** How often a judge scores the answer higher that was preferred. */
-function agreement(judge) {
-  const own = session.votes.filter(({ vote }) => SIDES.includes(vote)).map(({ i, left, right, vote }) =>
-    [i, ...(vote === "left" ? [left, right] : [right, left]).map(([label, k]) => score(data.rows[i], judge, label, k))]);
-  const known = own.filter(([, better, worse]) => better !== null && worse !== null);
-  return wilson(known.map(([, better, worse]) => (1 + Math.sign(better - worse)) / 2), known.map(([i]) => i));
-}
-
-function showResult() {
-  const votes = judged(session.votes), labels = data.labels.filter((label) => winsOf(label));
-  const baseline = labels.includes(data.baseline) && labels.length > 2 ? data.baseline : null;
-  const count = (kind) => session.votes.filter(({ vote }) => vote === kind).length;
-  const tables = [make("p", {}, `${votes.length} votes: ${count("left")} left, ${count("right")} right, ${count("tie")} tied, ` +
-    `${count("both bad")} both bad; ${count("skip")} skipped. A tie counts half; in brackets Wilson's 95% interval.`)];
-  if (labels.length) tables.push(table("by your votes",
-    ["model", "wins", ...(baseline ? [`wins against ${baseline}`] : []), "votes"], labels.map((label) =>
-      [label, share(winsOf(label)), ...(baseline ? [label === baseline ? "–" : share(winsOf(label, baseline))] : []),
-        String(winsOf(label).rows)])));
-  const judges = data.judges.filter((judge) => agreement(judge));
-  if (judges.length) tables.push(table("judges beside you", ["judge", "agrees with you", "votes"],
-    judges.map((judge) => [judge, share(agreement(judge)), String(agreement(judge).rows)])));
-  at("result-tables").replaceChildren(...tables);
-  const models = Object.keys(data.models).sort((a, b) => (winsOf(b)?.mean ?? 0) - (winsOf(a)?.mean ?? 0));
-  const model = session.what.startsWith("samples ") ? session.what.slice(8) : models[0];
-  at("next").replaceChildren(make("p", {}, "Save votes.jsonl, and move it into the report's folder."),
-    ...data.next.flatMap(([why, command]) =>
-      [make("p", {}, `${why}:`), make("pre", { tabindex: "0" }, command.replace("<MODEL>", () => data.models[model]))]));
-  phase("result");
-  at("result-title").focus();
-}
-
 options(at("what"), Object.entries(choices()).map(([what, [title]]) => [what, title]));
-if (!at("what").value) at("setup-says").textContent = "There is one answer to each prompt: evaluate with a --baseline, or with --best_of.";
+if (!at("what").value)
+  at("setup-says").textContent = "There is one answer to each prompt: evaluate with a --baseline, or with --best_of.";
 at("setup").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = at("judge-name").value.trim();

@@ -1,5 +1,5 @@
 "use strict";
-// What the views share: the data, elements made of text, which view is shown. read.js and judge.js follow.
+// What the views share: the data, elements made of text, which view is shown. read, judge and result follow.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
@@ -18,9 +18,9 @@ function visible(text) {
     String.fromCharCode(c === "\u007f" ? 0x2421 : 0x2400 + c.charCodeAt(0)));
 }
 
-/** What somebody wrote, as it is, but for blocks of code in their own letters. A long one scrolls, with the keyboard too. */
+/** What somebody wrote, as it is, with blocks of code in their own letters. A long one scrolls, by keyboard too. */
 function textBox(text, label) {
-  const box = make("div", { class: "text", dir: "auto", tabindex: "0", role: "region", "aria-label": label });
+  const box = make("div", { class: "text", dir: "auto", tabindex: "0", role: "group", "aria-label": label });
   if (!text) box.append(make("em", { class: "quiet" }, "(empty)"));
   visible(text).split(/(^```[^\n]*\n[^]*?^```[ \t]*(?:\n|$))/m).forEach((part, i) => {
     if (part) box.append(i % 2 ? make("code", {}, part) : part);
@@ -46,7 +46,7 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 /** The score of a label's answer, or null. */
 const score = (row, judge, label, sample = 0) => row.scores[judge]?.[label]?.[sample] ?? null;
 
-/** Mean of values in [0, 1] with Wilson's 95% interval, those of one group counting once; as statistics.wilson does. */
+/** Mean of values in [0, 1] with Wilson's 95% interval, a group counting once; as statistics.wilson does. */
 function wilson(values, groups) {
   if (!values.length) return null;
   const p = mean(values), n = new Set(groups).size, z = 1.959964;

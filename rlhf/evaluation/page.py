@@ -1,8 +1,7 @@
 """report.html: the report, all answers to read, and a blind judge's desk, in one file that needs no server.
 
-The template fills in the tables; what there is to read and to judge lies in the page as JSON, and page.js, read.js and
-judge.js show it, as text only. Nothing leaves the page: its policy allows its own style, script and picture, by their
-hashes, and no address at all.
+The template fills in the tables; what there is to read and to judge lies in the page as JSON, and the scripts show it,
+as text only. Nothing leaves the page: its policy allows its own style and script, by their hashes, and no address.
 """
 
 import base64
@@ -16,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from rlhf.evaluation.report import page, sections
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("page.js", "read.js", "judge.js")
+SCRIPTS = ("page.js", "read.js", "judge.js", "result.js")
 
 
 def read(name: str) -> str:

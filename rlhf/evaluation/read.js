@@ -13,7 +13,7 @@ function marginOf(row, judge = at("by").value) {
   return a === null || b === null ? null : a - b;
 }
 
-/** Above 0 where two judges prefer different answers, more so where both are sure (each in units of its own spread). */
+/** Above 0 where two judges prefer different answers, more so where both are sure (in units of their spread). */
 function disagreements() {
   const spread = data.judges.map((judge) =>
     Math.sqrt(mean(data.rows.map((row) => (marginOf(row, judge) ?? 0) ** 2))) || 1);
@@ -41,9 +41,9 @@ function filter() {
   const keys = { differ: () => data.rows.map((row) => Math.abs(marginOf(row) ?? 0)), disagree: disagreements };
   const key = keys[at("order").value]?.();
   if (key) found.sort((i, j) => key[j] - key[i] || i - j);
-  if (found.length && !found.includes(current)) current = found[0];
+  if (found.length) current = found[0];
   at("found").textContent = `${found.length} of ${data.rows.length} prompts`;
-  showList(Math.max(0, found.indexOf(current)));
+  showList(0);
 }
 
 /** The part of the list that holds a place. */
@@ -86,7 +86,8 @@ function answerCard(row, label, best) {
     details.addEventListener("toggle", () => { // made when they are asked for
       if (details.childElementCount > 1) return;
       for (let k = 1; k <= more; k++)
-        details.append(make("p", { class: "quiet" }, facts(row, label, k)), textBox(row.answers[label][k], `Sample ${k + 1}`));
+        details.append(make("p", { class: "quiet" }, facts(row, label, k)),
+          textBox(row.answers[label][k], `Sample ${k + 1}`));
     });
     card.append(details);
   }
