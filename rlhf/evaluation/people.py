@@ -55,16 +55,15 @@ def answer_of(vote, side: str) -> tuple[str, str, str]:
 def wins_of(label: str, votes: list, baseline: str | None) -> dict:
     """How often the label's answer was preferred, a tie or two bad ones counting half."""
 
-    def rate(fits):
-        own = [v for v in votes if label in (v.left_model, v.right_model) and fits({v.left_model, v.right_model})]
+    def rate(other=None):
+        own = [v for v in votes if {label, other} - {None} <= {v.left_model, v.right_model}]
         values = [{"left": 1.0, "right": 0.0}.get(vote.vote, 0.5) for vote in own]
         values = [x if vote.left_model == label else 1 - x for x, vote in zip(values, own, strict=True)]
         return wilson(values, [prompt_key(vote.prompt) for vote in own])
 
-    found = {"against_others": rate(lambda labels: True)}
-    for other, key in ((baseline, "against_baseline"), ("data", "against_data")):
-        found[key] = rate(lambda labels, other=other: other in labels) if label != other else None
-    return found
+    against = {"against_baseline": baseline, "against_data": "data"}
+    found = {key: rate(other) if other not in (label, None) else None for key, other in against.items()}
+    return {"against_others": rate()} | found
 
 
 def score_votes(judges: dict, votes: list, rows: dict, ended: dict, batch_size: int) -> dict[str, dict[str, list]]:

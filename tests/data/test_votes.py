@@ -75,7 +75,8 @@ def test_what_most_people_prefer_is_trained_on_and_the_rest_is_counted(case, tas
 def test_many_ties_stop_no_run_but_broken_votes_do(tmp_path):
     ties = [vote("tie", question=f"Is it {i}?") for i in range(30)]
     path = write(tmp_path / "votes.jsonl", [vote(), *ties])
-    assert len(load_datasets(str(path), "preference", validation_split_percentage=0)[0]) == 1
+    for task in ("preference", "sft", "prompt"):
+        assert len(load_datasets(str(path), task, validation_split_percentage=0)[0]) == 1
     with pytest.raises(UserError, match="30 of 31 rows are broken: 'vote' is 'banana': known are left, right, tie"):
         broken = [line | {"vote": "banana"} for line in ties]
         load_datasets(str(write(tmp_path / "votes.jsonl", [vote(), *broken])), "preference")
