@@ -38,7 +38,7 @@ class Likes:
 # dpo against sft: 6 wins, 2 losses, a tie and two bad ones: (6 + 2 / 2) / 10 = 0.7
 VOTES = [vote(i, "dpo", "sft", "left") for i in range(3)] + [vote(i, "sft", "dpo", "right") for i in range(3, 6)]
 VOTES += [vote(6, "sft", "dpo", "left"), vote(7, "dpo", "sft", "right"), vote(8, "dpo", "sft", "tie")]
-VOTES += [vote(9, "sft", "dpo", "both bad"), vote(10, "sft", "dpo", "skip"), vote(11, "data", "dpo", "left")]
+VOTES += [vote(9, "dpo", "sft", "both bad"), vote(10, "sft", "dpo", "skip"), vote(11, "data", "dpo", "left")]
 
 
 def report(votes=VOTES, baseline="sft", **judges):
