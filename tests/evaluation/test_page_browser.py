@@ -363,7 +363,8 @@ def test_all_can_be_reached_and_named_without_a_mouse(browser, evaluated):
     browser.get("about:blank")
     browser.get((evaluated[0] / "report.html").as_uri() + "#judge")
     script = """
-    const name = (e) => e.getAttribute("aria-label") || (e.labels?.[0]?.textContent ?? "") || e.textContent;
+    const field = (e) => e.matches("input, select, progress");
+    const name = (e) => e.getAttribute("aria-label") || (field(e) ? e.labels[0]?.textContent ?? "" : e.textContent);
     return [...document.querySelectorAll("input, select, button, a, progress, [role=region], section, article")]
       .filter((e) => !name(e).trim()).map((e) => e.outerHTML.slice(0, 80));
     """
