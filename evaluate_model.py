@@ -10,13 +10,15 @@ r"""See that it worked: models side by side on held-out prompts, or a reward mod
 
 Reads models (hub ids, model or adapter folders, several separated by commas), judges (reward models, or functions as
 in `my_rewards.py:short`; the first picks the best of several samples) and the rows that training on the same names
-holds out. Writes report.md, report.json, report.png and samples.csv; with --best_of pairs of the best and the worst
-sample, which --dataset_names reads. Answers are kept as they come: Ctrl-C loses little, and the same command goes on.
+holds out. Writes report.html, a page to read all answers on and to judge them yourself, report.md, report.json,
+report.png and samples.csv; with --best_of pairs of the best and the worst sample. --dataset_names reads those, and the
+votes that the page saves. Answers are kept as they come: Ctrl-C loses little, and the same command goes on.
 
-Watch the intervals, not the means: at 200 prompts a win rate is known within 7 points. And read samples.csv: a judge
+Watch the intervals, not the means: at 200 prompts a win rate is known within 7 points. And read answers: a judge
 that was trained on data like these is no judge of anything else.
 """
 
+import shlex
 from pathlib import Path
 
 from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, number, run_tool
@@ -30,6 +32,7 @@ def make_parser() -> ToolParser:
     add("--reward_model_name_or_path", help="judges: reward models or file.py:function, separated by commas")
     add("--dataset_names", help="evaluate on what training on these names holds out: uc, hh@helpful-base, file.jsonl")
     add("--eval_dataset_names", help="the same, but a file is taken whole")
+    add("--votes", help="votes.jsonl of people, saved from report.html, separated by commas: they judge, too")
     add("--output_dir", required=True, help="folder of the report and of the answers so far")
     add("--best_of", type=whole, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
     add("--response_length", type=whole, default=128, help="longest answer in tokens (128)")
@@ -83,6 +86,9 @@ def check(args) -> None:
     for flag in ("model_name_or_path", "baseline", "reward_model_name_or_path"):
         for name in split_names(getattr(args, flag)):
             missing_path(flag, name)
+    for name in split_names(args.votes):
+        if not Path(name).is_file():
+            raise UserError(f"--votes {name}: there is no such file\ngive the votes.jsonl that report.html saves")
     if any((Path(args.output_dir) / name).exists() for name in MODELS):
         raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
     check_folder("--output_dir", args.output_dir)
@@ -156,12 +162,18 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
     return {label: answers[label] for label in names}, {label: measured[label] for label in names}
 
 
-def evaluate_models(args, device, folder: Path) -> dict:
+def command_of(args) -> str:
+    """What was typed, but for --votes and flags at their defaults."""
+    default = vars(make_parser().parse_args(["--output_dir="])) | {"votes": args.votes}
+    flags = [f"--{key}={shlex.quote(str(value))}" for key, value in vars(args).items() if value != default[key]]
+    return " ".join(["python evaluate_model.py", *flags])
+
+
+def evaluate_models(args, judges: dict, device, folder: Path) -> dict:
     """The report on models: see `rlhf.evaluation.tables.summarize`."""
     from rlhf.evaluation.answers import Answer, judge_all
     from rlhf.evaluation.tables import pick_best, summarize, write_pairs, write_samples
 
-    judges = load_judges(args, device)  # first of all: a mistake in their names should not cost an hour of sampling
     rows, data = load_rows(args, "prompt", 200)
     make_folder(folder / "answers")
     asked = split_names(args.model_name_or_path)
@@ -193,21 +205,31 @@ def main(args):
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from rlhf.data.votes import load_votes
+    from rlhf.evaluation.page import write_page
+    from rlhf.evaluation.people import people_report
+    from rlhf.evaluation.picture import draw
     from rlhf.evaluation.report import print_report, write_report
     from rlhf.evaluation.tables import reward_report
 
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(args.output_dir)
+    folder, size = Path(args.output_dir), args.per_device_eval_batch_size
+    votes = load_votes(split_names(args.votes)) if args.votes else []
+    judges = load_judges(args, device)  # before anything else: a mistake in names should not cost an hour of sampling
     if args.model_name_or_path:
-        report = evaluate_models(args, device, folder)
+        report = evaluate_models(args, judges, device, folder)
     else:
-        judges = load_judges(args, device)
         rows, data = load_rows(args, "preference", 2000)
         make_folder(folder)
-        report = reward_report(judges, rows, folder, args.per_device_eval_batch_size) | {"data": data}
-    report["settings"] = vars(args)
+        report = reward_report(judges, rows, folder, size) | {"data": data, "judges": list(judges)}
+    if votes:
+        samples = report["raw"]["samples"]
+        report["people"] = people_report(votes, judges, samples, report.get("baseline"), size)
+    report |= {"settings": vars(args), "command": command_of(args)}
     write_report(report, folder)
+    draw(report, folder / "report.png")
+    write_page(report, folder)
     print_report(report, folder)
 
 

@@ -81,6 +81,7 @@ def main(args):
         seconds[stage] = time.time() - began
     seconds["all"] = time.time() - start
     print("\nseconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()))
+    print(f"read the answers, and judge them yourself: open {folder}/report/report.html in a browser")
     print(f"curves: {folder}/*/learning_curves.png; samples of the world: python examples/demo_world.py --samples 10")
     print("next, on a real model: accelerate launch sft_training.py --model_name_or_path=gpt2-medium \\")
     print("    --output_dir=saved/gpt2_medium_uc_sft --dataset_names=uc")

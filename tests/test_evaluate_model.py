@@ -186,6 +186,50 @@ def test_the_best_of_several_is_what_the_judge_likes_and_makes_pairs_to_train_on
     assert all(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in train)
 
 
+def test_people_judge_beside_the_reward_models(base, other, data, judges, tmp_path, capsys):
+    flags = {"model_name_or_path": base, "baseline": other, "eval_dataset_names": f"{data}#12"}
+    flags["reward_model_name_or_path"] = f"{judges}:letters,{judges}:indifferent"
+    _, samples = evaluate(tmp_path, **flags)
+    lines = []
+    for i, row in enumerate(samples):  # ann likes what is longer, bob too, but for one answer
+        sides = ("base", "other") if i % 2 else ("other", "base")
+        left, right = (row[side] for side in sides)
+        line = {"prompt": [{"role": "user", "content": row["prompt"]}], "left": left, "right": right}
+        line |= {"left_model": sides[0], "right_model": sides[1]}
+        lines.append(
+            line | {"vote": "tie" if len(left) == len(right) else "left" if len(left) > len(right) else "right"}
+        )
+    decided = [i for i, line in enumerate(lines) if line["vote"] != "tie"]
+    bobs = [line | {"vote": "both bad"} if i == decided[0] else line for i, line in enumerate(lines)]
+    for name, votes in (("ann", lines), ("bob", bobs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    capsys.readouterr()
+    report, _ = evaluate(tmp_path, votes=f"{tmp_path}/ann.jsonl, {tmp_path}/bob.jsonl", **flags)
+    people, judged = report["people"], figures(report, "base")["judged"]["letters"]["against_baseline"]
+    assert people["judges"]["letters"]["accuracy"]["mean"] == people["judges"]["letters"]["kappa"] == 1
+    assert people["judges"]["indifferent"]["accuracy"]["mean"] == 0.5
+    ours = judged["mean"] * 12 + people["wins"]["base"]["against_baseline"]["mean"] * 24
+    lost = len(samples[decided[0]]["base"]) > len(samples[decided[0]]["other"])
+    assert ours == pytest.approx(judged["mean"] * 36 + (-0.5 if lost else 0.5))
+    assert people["other_answers"] == 0
+    (both,) = people["people"]
+    assert (both["first"], both["second"], both["pairs"]) == ("ann", "bob", 12)
+    assert both["same"]["mean"] == pytest.approx(11 / 12) and 0 < both["kappa"] < 1
+    printed = capsys.readouterr().out
+    for title in ("by human", "judges beside human", "people beside each other"):
+        assert f"{title}:" in printed and f"**{title}**" in (tmp_path / "report.md").read_text()
+        assert f"<caption>{title}</caption>" in (tmp_path / "report.html").read_text()
+    table = printed[printed.index("by human") : printed.index("report: ")].splitlines()
+    assert max(map(len, table)) <= 80, max(table, key=len)
+    assert "Wilson's 95% intervals" in printed and "report.html" in printed
+    # of reward models alone: how far people agree with them
+    del flags["model_name_or_path"], flags["baseline"]
+    report, _ = evaluate(tmp_path / "reward", votes=tmp_path / "ann.jsonl", **flags)
+    assert report["people"]["judges"]["letters"]["accuracy"]["mean"] == 1
+    assert report["people"]["other_answers"] == 12  # it is not on these models
+    assert "<caption>judges beside human</caption>" in (tmp_path / "reward" / "report.html").read_text()
+
+
 @pytest.fixture
 def stops(monkeypatch):
     """Lets Ctrl-C come in the second batch; afterwards counts the answers that are made."""
@@ -329,6 +373,8 @@ def test_a_reward_model_that_is_right_and_one_that_has_no_opinion(rankings, judg
         ({"model_name_or_path": "m", "dataset_names": "demo", "best_of": 2}, "--best_of needs"),
         ({"baseline": "m", "reward_model_name_or_path": "r", "dataset_names": "demo"}, "--baseline needs"),
         ({"model_name_or_path": "./nowhere", "dataset_names": "demo"}, "./nowhere"),
+        ({"model_name_or_path": "m", "dataset_names": "demo", "votes": "none.jsonl"}, "--votes none.jsonl"),
+        ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "votes": "DATA"}, "a vote without 'left'"),
         ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "response_length": 125}, "no room for a prompt"),
         ({"model_name_or_path": "BASE", "dataset_names": "DATA", "validation_split_percentage": 0.01}, "is held out"),
         ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "reward_model_name_or_path": "JUDGES:broken"},

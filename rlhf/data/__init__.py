@@ -5,6 +5,7 @@ tokenizer or a trainer: rows are messages here, and become tokens in `rlhf.model
 
 To add a dataset, add a function to prepare_data.py, not here. Read in this order: names (the grammar of
 --dataset_names), sources (where rows come from), files (readers of each format), layouts (which keys a row may have),
-trees (Open Assistant's), messages (out of what datasets hold), rows (what a row is, when it is dropped), columns (that
-it is read whole), cache (prepared once), mixing (split, leaks, samples, order), loading (`load_datasets`).
+trees (Open Assistant's), votes (of people), messages (out of what datasets hold), rows (what a row is, when it is
+dropped), columns (that it is read whole), cache (prepared once), mixing (split, leaks, samples, order), loading
+(`load_datasets`).
 """

@@ -28,7 +28,7 @@ BATCH_ROWS, BATCH_CHARACTERS = 1000, 1 << 26  # what is held in memory before it
 @functools.cache
 def code_text() -> str:
     """The code that shapes rows: when it changes, no cached rows are used."""
-    names = ("cache", "columns", "files", "layouts", "messages", "rows", "trees")
+    names = ("cache", "columns", "files", "layouts", "messages", "rows", "trees", "votes")
     files = [Path(__file__).with_name(f"{name}.py") for name in names]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -23,6 +23,7 @@ from rlhf.data.messages import (
 )
 from rlhf.data.rows import ASKED, Demonstration, Preference, Prompt, Ranking, demonstration
 from rlhf.data.trees import KEYS, tree_rows, trees_of
+from rlhf.data.votes import UNUSED, by_pair, voted_pair
 from rlhf.user_error import UserError
 
 LAYOUTS: list["Layout"] = []
@@ -210,6 +211,9 @@ def summary_pair(row) -> Preference:
     post = "".join(f"{name}{info[key]}\n" for name, key in fields if has(info, key))
     chosen, rejected = assistant(texts[choice]), assistant(texts[1 - choice])
     return {"prompt": [user(post + "TL;DR:")], "chosen": [chosen], "rejected": [rejected]}
+
+
+layout("prompt", "left", "right", "vote", regroup=by_pair, unused=UNUSED)(voted_pair)  # votes of people
 
 
 @layout(BETTER, WORSE)

@@ -169,7 +169,9 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
         report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
         if not len(rows.index) and label not in contained:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
-            raise UserError(f"{label}: no row is left to train on: {reasons}")
+            held = "\nits prompts are held out of training, to measure on: votes to train on are given on others"
+            hint = held if "held out for evaluation" in rows.set_aside else ""
+            raise UserError(f"{label}: no row is left to train on: {reasons}{hint}")
     parts = list(trained.values())
     starts = np.cumsum([0] + [len(rows.rows) for rows in parts[:-1]])
     index = np.concatenate([rows.index + start for rows, start in zip(parts, starts, strict=True)])

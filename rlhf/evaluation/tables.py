@@ -78,20 +78,29 @@ def summarize(rows, answers, measured, scores, baseline: str | None) -> dict:
         return found
 
     groups = groups_of(rows)
-    samples = [
-        {
-            "prompt": row["prompt"],
-            "answers": {label: made[i][0].text for label, made in answers.items() if made[i][0]},
-            "scores": {name: {label: s[i][0] for label, s in found.items()} for name, found in scores.items()},
-        }
-        for i, row in enumerate(rows[:3])
-    ]
     words = {label: [len(row[0].text.split()) for row in made if row[0]] for label, made in answers.items()}
     return {
         "prompts": {name: len(group) for name, group in groups.items()},
         "groups": {name: {label: figures(label, group) for label in answers} for name, group in groups.items()},
-        "raw": {"words": words, "samples": samples},
+        "raw": {"words": words, "samples": samples_of(rows, answers, scores)},
     }
+
+
+def samples_of(rows, answers, scores) -> list[dict]:
+    """What there is to read and to judge: by row the prompt, and all samples of each label with their scores by judge.
+
+    "answers" are {label: texts}, "ended" {label: whether each ended by itself}, "scores" {judge: {label: numbers}}.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        made = {label: samples[i] for label, samples in answers.items() if samples[i][0]}
+        found.append(
+            {name: row.get(name, "") for name in ("dataset", "prompt", "reference")}
+            | {"answers": {label: [sample.text for sample in samples] for label, samples in made.items()}}
+            | {"ended": {label: [sample.ended for sample in samples] for label, samples in made.items()}}
+            | {"scores": {name: {label: by_label[label][i] for label in made} for name, by_label in scores.items()}}
+        )
+    return found
 
 
 def known(measured: list[dict], name: str) -> list:
@@ -205,13 +214,15 @@ def reward_report(judges: dict, rows: list[dict], folder: Path, batch_size: int)
     """
     pairs, scores = score_pairs(judges, rows, batch_size)
     groups = groups_of(pairs)
-    figures, raw = {}, {}
+    answers = {side: [[Answer([], pair[side], True)] for pair in pairs] for side in SIDES}
+    by_sample = {name: {side: [[v] for v in found[side]] for side in SIDES} for name, found in scores.items()}
+    figures, raw = {}, {"samples": samples_of(pairs, answers, by_sample), "judges": {}}
     for name, found in scores.items():
         figures[name] = {
             group: reward_figures([pairs[i] for i in at], *([found[side][i] for i in at] for side in SIDES))
             for group, at in groups.items()
         }
-        raw[name] = {
+        raw["judges"][name] = {
             "margins": [a - b for a, b in zip(*found.values(), strict=True)],
             "scores": [value for side in SIDES for value in found[side]],
             "words": [len(pair[side].split()) for side in SIDES for pair in pairs],

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -151,6 +152,9 @@ def test_every_written_command_parses(where, monkeypatch, tmp_path):
     for name in ("configs", "accelerate_config", "examples", "benchmarks", *(p.name for p in ROOT.glob("*.py"))):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_rewards.py").touch()  # the user's own
+    vote = {"prompt": "Is it late?", "left": "Not yet.", "right": "Yes.", "vote": "left"}
+    (tmp_path / "saved" / "judging").mkdir(parents=True)
+    (tmp_path / "saved" / "judging" / "votes.jsonl").write_text(json.dumps(vote))
     monkeypatch.chdir(tmp_path)
     words = shlex.split(COMMANDS[where])
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
