@@ -12,6 +12,7 @@ from rlhf.models.fingerprints import configs_sha256, tokenizer_sha256, weights_s
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
+from rlhf.runs.engine import engine_name
 from rlhf.user_error import UserError
 
 STARTED = "started.json"
@@ -55,6 +56,7 @@ def identity_of(trainer, arguments, reward=None) -> dict:
         "adapter it starts from": weights_sha256(adapters[0]) if adapters else None,
         "adapter config": configs_sha256(adapters[0]) if adapters else None,
         "precision": trainer.accelerator.mixed_precision,  # also where the launcher alone sets it
+        "engine": engine_name(training_args),
         "tokenizer and template": tokenizer_sha256(trainer.processing_class),
         "reward": reward.fingerprint() if reward else None,
         "versions": {package: version(package) for package in PACKAGES},

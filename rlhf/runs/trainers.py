@@ -8,14 +8,15 @@ from peft import PeftModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from rlhf.runs.engine import Engine
 from rlhf.runs.named_evaluation import NamedEvaluation
 from rlhf.runs.resuming import Resumable
 from rlhf.runs.soundness import Sound
 
 
 def checked(trainer_class: type) -> type:
-    """A `transformers.Trainer` class whose runs are resumed exactly, and stop at what is not finite."""
-    return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, trainer_class), {})
+    """A `transformers.Trainer` class whose runs are resumed exactly, stop at what is not finite, and save it all."""
+    return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, Engine, trainer_class), {})
 
 
 class CheckedSFTTrainer(NamedEvaluation, checked(SFTTrainer)):
