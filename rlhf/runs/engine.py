@@ -51,8 +51,8 @@ def check_engine(args) -> str:
         raise UserError(f"DeepSpeed is asked for and would not be in use: {why}")
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes were started, and accelerate connects {args.world_size}\n  for DeepSpeed "
-            "on a CPU: accelerate launch --use_deepspeed --deepspeed_config_file FILE, without --deepspeed here"
+            f"{os.environ['WORLD_SIZE']} processes were started, and accelerate connects {args.world_size}\n"
+            "  DeepSpeed on a CPU: accelerate launch --use_deepspeed --deepspeed_config_file FILE, without --deepspeed"
         )
     if engine == FSDP and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise UserError(

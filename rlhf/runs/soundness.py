@@ -71,8 +71,8 @@ def check_saved(trainer, sums: dict[str, Sums], folder: Path) -> None:
         wrong += lacking
     if wrong:
         raise UserError(
-            f"{folder} does not hold what was trained: {wrong[0]} is not there, or another ({len(wrong)} such weights)\n"
-            "  the checkpoints are kept; does another program write there?"
+            f"{folder} does not hold what was trained: {wrong[0]} is not there, or another\n"
+            f"  ({len(wrong)} such weights); the checkpoints are kept; does another program write there?"
         )
 
 
