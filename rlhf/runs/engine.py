@@ -5,6 +5,7 @@ A run that asked for one and would go on without it ends here, and so does one t
 """
 
 import os
+from importlib.util import find_spec
 
 from accelerate import DistributedType, PartialState
 from peft import PeftModel
@@ -31,6 +32,8 @@ def asked(fsdp, deepspeed) -> str | None:
     engines = [FSDP] * bool(fsdp or is_on("FSDP")) + [DEEPSPEED] * bool(deepspeed or is_on("DEEPSPEED"))
     if len(engines) == 2:
         raise UserError("FSDP and DeepSpeed are asked for together: leave one out")
+    if DEEPSPEED in engines and find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is asked for and not installed\n  pip install -r requirements-extra.txt")
     return engines[0] if engines else None
 
 
@@ -44,11 +47,9 @@ def check_engine(args) -> str:
     """
     kind, engine = PartialState().distributed_type, asked(args.fsdp, args.deepspeed)
     if engine == DEEPSPEED and kind != DistributedType.DEEPSPEED:
-        alone = "LOCAL_RANK" not in os.environ
-        why = (
-            "start it with accelerate launch" if alone else "leave use_cpu out, it takes the CPU where there is no GPU"
-        )
-        raise UserError(f"DeepSpeed is asked for and would not be in use: {why}")
+        launched = "LOCAL_RANK" in os.environ
+        what = "leave use_cpu out: it takes a CPU by itself" if launched else "start it with accelerate launch"
+        raise UserError(f"DeepSpeed is asked for and would not be in use: {what}")
     if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were started, and accelerate connects {args.world_size}\n"
