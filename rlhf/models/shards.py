@@ -33,8 +33,8 @@ def whole_of(parameter) -> torch.Tensor:
 
         return safe_get_full_fp32_param(parameter).detach()
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([parameter]):
+        with zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
