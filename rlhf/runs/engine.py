@@ -67,8 +67,6 @@ def check_engine(args) -> str:
         )
     if engine == FSDP and fsdp_version(args) != 2:
         raise UserError("FSDP is asked for in its first version: add --fsdp_version 2 to accelerate launch")
-    if engine == DEEPSPEED and (mismatches := getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", ())):
-        raise UserError(f"--deepspeed: {'; '.join(mismatches)[:200]}\n  put auto there, which takes the flag's value")
     name = engine_name(args)
     if (engine == FSDP or name == "DeepSpeed ZeRO-3") and hasattr(args, "response_length"):
         raise UserError(
@@ -95,6 +93,12 @@ def engine_name(args) -> str | None:
     return f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}" if engine else None
 
 
+def deepspeed_config(trainer):
+    """Its settings, those that are `auto` with the flags' values; None without DeepSpeed."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return plugin and plugin.hf_ds_config
+
+
 class Engine:
     """Mixin for a `transformers.Trainer`: what was asked for is in use, and what is saved is whole.
 
@@ -102,11 +106,18 @@ class Engine:
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        engine = asked(kwargs["args"].fsdp, kwargs["args"].deepspeed)
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:  # what transformers refuses to do by an engine
+            if engine is None:
+                raise
+            raise UserError(f"{engine}: {str(error).splitlines()[0][:250]}") from error
         in_use = {FSDP: self.is_fsdp_enabled, DEEPSPEED: self.is_deepspeed_enabled}
-        engine = asked(self.args.fsdp, self.args.deepspeed)
         if any(active != (name == engine) for name, active in in_use.items()):
             raise UserError(f"{engine or 'DDP'} is asked for and is not in use: accelerate started another engine")
+        if wrong := self.is_deepspeed_enabled and deepspeed_config(self).mismatches:
+            raise UserError(f"DeepSpeed's file and the flags differ: {wrong[0].strip('- ')}\n  write auto in the file")
 
     def save_model(self, output_dir=None, _internal_call=False):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -93,7 +93,6 @@ def test_an_engine_in_use_is_named(bare, kind, changed, environment, says):
 
 
 ZERO3 = {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}
-WRONG = SimpleNamespace(mismatches=["- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=8"])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,6 @@ WRONG = SimpleNamespace(mismatches=["- ds gradient_accumulation_steps=1 vs hf gr
         (CPUS, {}, {ON["DeepSpeed"]: "true"}, "leave use_cpu out"),
         (ONE, {"deepspeed": "ds.json"}, {"LOCAL_RANK": None}, "start it with accelerate launch"),
         (ZERO, {"deepspeed": "ds.json", "world_size": 1}, {}, "2 processes were started, and accelerate connects 1"),
-        (ZERO, {"deepspeed": "ds.json", "hf_deepspeed_config": WRONG}, {}, "put auto there"),
         (ZERO, {}, {name: "true" for name in ON.values()}, "together: leave one out"),
         (GPUS, {}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "megatron_lm: these scripts know DDP"),
         (GPUS, {}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config: these scripts know DDP"),
@@ -122,6 +120,45 @@ def test_an_engine_that_is_not_in_use_or_not_able_is_an_error(bare, kind, change
     with pytest.raises(UserError, match=says) as error:
         engine.check_engine(arguments(**changed))
     assert len(str(error.value).splitlines()) <= 3
+
+
+def trainer(starts: str | None, mismatches=(), refuses=None) -> type:
+    """A trainer whose accelerator starts this engine."""
+
+    class Trainer:
+        def __init__(self, args):
+            if refuses:
+                raise ValueError(refuses)
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = starts == "FSDP", starts == "DeepSpeed"
+            plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(mismatches=list(mismatches)))
+            self.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    return type("Checked", (engine.Engine, Trainer), {})
+
+
+BATCH = ["- ds gradient_accumulation_steps=1 vs hf gradient_accumulation_steps=8"]
+
+
+@pytest.mark.parametrize(
+    ("asks", "made", "says"),
+    [
+        ({"fsdp": True}, trainer(None), "FSDP is asked for and is not in use"),
+        ({}, trainer("DeepSpeed"), "DDP is asked for and is not in use"),
+        ({"deepspeed": "ds.json"}, trainer("FSDP"), "DeepSpeed is asked for and is not in use"),
+        ({"deepspeed": "ds.json"}, trainer("DeepSpeed", BATCH), "ds gradient_accumulation_steps=1 vs hf .*\n.*auto"),
+        ({"fsdp": True}, trainer("FSDP", refuses="save_only_model is not"), "FSDP: save_only_model is not"),
+    ],
+)
+def test_a_trainer_with_another_engine_or_one_that_refuses_is_an_error(bare, asks, made, says):
+    with pytest.raises(UserError, match=says):
+        made(args=arguments(**asks))
+
+
+def test_a_trainer_with_the_engine_asked_for_is_made(bare):
+    for asks, made in (({}, None), ({"fsdp": True}, "FSDP"), ({"deepspeed": "ds.json"}, "DeepSpeed")):
+        trainer(made)(args=arguments(**asks))
+    with pytest.raises(ValueError, match="of its own"):
+        trainer(None, refuses="of its own")(args=arguments())
 
 
 def test_deepspeed_that_is_not_installed_is_an_error(bare):
