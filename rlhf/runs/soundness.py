@@ -3,13 +3,14 @@ and one is complete only when its folder holds what was trained."""
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rlhf.models.shards import whole_of
 from rlhf.user_error import UserError
@@ -44,13 +45,13 @@ def together(found) -> Sums:
 
 
 def stored_sums(folder: Path, name: str) -> dict[str, Sums]:
-    """Of the tensors in a folder's file, or in the files that stand in its index; empty where there is none."""
-    index, found = folder / f"{name}.index.json", {}
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {name}
+    """Of the tensors that can be read in a folder's file, or in the files of its index where that is not there."""
+    names, index, found = [name], folder / f"{name}.index.json", {}
+    if not (folder / name).exists():
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
     for path in (folder / name for name in names):
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                found |= {key: sums_of(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+        with suppress(FileNotFoundError, SafetensorError), safe_open(path, "pt") as file:
+            found |= {key: sums_of(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     return found
 
 

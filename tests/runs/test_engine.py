@@ -182,8 +182,14 @@ def changed(change):
     return harm
 
 
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 HARMS = {
     "no file": nothing,
+    "a file that ends early": cut,
     "a weight is missing": changed(lambda weight: None),
     "a shard": changed(lambda weight: weight[: len(weight) // 2]),
     "an empty shard": changed(lambda weight: weight[:0]),
@@ -214,6 +220,9 @@ def test_a_model_that_is_trained_whole_is_found_whole(script, base, data, tmp_pa
     flags = {"model_name_or_path": base, "dataset_names": data, "eval_strategy": "no", "use_peft": False}
     folder = run_script(script, output_dir=tmp_path / "run", **flags)
     assert (folder / "run.json").exists()
+    (folder / "adapter_config.json").write_text("{}")  # an earlier run's
+    with pytest.raises(UserError, match="holds an adapter, which would be taken for"):
+        run_script(script, output_dir=folder, overwrite_output_dir=True, **flags)
 
 
 def test_a_model_in_training_scores_as_one_that_is_loaded(saved, data, base):
