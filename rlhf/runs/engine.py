@@ -70,8 +70,8 @@ def check_engine(args) -> str:
     name = engine_name(args)
     if (engine == FSDP or name == "DeepSpeed ZeRO-3") and hasattr(args, "response_length"):
         raise UserError(
-            f"PPO needs whole weights on each device, and {name.split(',')[0]} keeps parts: by DDP or ZeRO-2 it goes up "
-            f"to {LARGEST}; beyond that, OpenRLHF or verl"
+            f"PPO needs whole weights on each device, and {name.split(',')[0]} keeps parts: by DDP or ZeRO-2 it goes "
+            f"up to {LARGEST}; beyond that, OpenRLHF or verl"
         )
     if args.world_size == 1:
         return ", ".join(filter(None, ("one process", name)))
