@@ -65,6 +65,8 @@ class PPOTrainer(Trainer):
             callbacks=[LastEvaluation(), Collapse(), *(callbacks or [])],
             **kwargs,
         )
+        if self.is_fsdp_enabled:  # sampling and scoring call parts of the model, each of which holds a shard
+            raise UserError("PPO needs whole weights on each device, which FSDP does not keep: train by DDP or ZeRO-2")
         if self.is_deepspeed_enabled and (self.ppo.target_kl is not None or self.ppo.value_warmup_updates):
             raise UserError(
                 "--target_kl and --value_warmup_updates hold steps back, and DeepSpeed steps within backward\n"
