@@ -60,8 +60,8 @@ def main(script_args, training_args, model_args):
         peft_config=peft_config,
     )
     train_in_float32(trainer.model)
-    watch(trainer)
-    say(plan(trainer, data))
+    watch(trainer, script_args.early_stopping_patience)
+    say(plan(trainer, data, script_args.dry_run))
     if script_args.dry_run:
         return
     begin(trainer, arguments, checkpoint)

@@ -83,8 +83,8 @@ def main(script_args, training_args, model_args):
         eval_dataset=evals,
         processing_class=tokenizer,
     )
-    watch(trainer)
-    say(plan(trainer, data))
+    watch(trainer, script_args.early_stopping_patience)
+    say(plan(trainer, data, script_args.dry_run))
     if script_args.dry_run:
         return
     begin(trainer, arguments, checkpoint, reward_model)

@@ -5,6 +5,7 @@ PPO works. Read in this order, first the command line: command_line (flags and Y
 imported), flags (one table of what each does), checks (of values), renamed (other systems' names), yaml_files,
 description (flags.json, made of the libraries), arguments (the dataclasses, what the machine has), engine (DDP, FSDP2,
 DeepSpeed); then the run: folder (which one may be used, which checkpoint is resumed), identity (what a result depends
-on), checkpoints (when one is whole), record (run.json, the model card), log (and curves), trainers (TRL's, with our
-checks), resuming, soundness (finite, moving, saved), signals (SIGTERM, Ctrl-C), named_evaluation (metrics by dataset).
+on), checkpoints (whole ones), record (run.json, the model card), memory (does it fit?), measured_memory, log (curves),
+trainers (TRL's, with our checks), resuming, soundness (finite, moving, saved), signals, named_evaluation (by dataset),
+last_batch (of an epoch, on several processes).
 """

@@ -11,15 +11,17 @@ from accelerate import PartialState
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.models.shards import shape_of
+from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
-from rlhf.runs.folder import RUN, by_first_process
+from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
+from rlhf.runs.memory import fitted
 from rlhf.runs.soundness import check_saved
 
 
-def plan(trainer, data) -> str:
-    """What a run is about to do, in two lines."""
+def plan(trainer, data, dry_run: bool = False) -> str:
+    """What a run is about to do, in two lines; and, found by a step of it, the memory that it needs."""
     args, counts = trainer.args, data["tokenized"]
     parameters = [(math.prod(shape_of(p)), p.requires_grad) for p in trainer.model.parameters()]
     trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
@@ -32,7 +34,7 @@ def plan(trainer, data) -> str:
     return (
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
         f"plan: {work}, {trained:,} of {total:,} parameters trained,"
-        f" lr {args.learning_rate:g}"
+        f" lr {args.learning_rate:g}" + (f"\n{fitted(trainer)}" if dry_run else "")
     )
 
 
@@ -77,12 +79,12 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         UserError: if the folder does not hold what was trained.
     """
     sums, folder = trainer.sums(), Path(arguments[1].output_dir)  # each process holds a part of what is summed
-    by_first_process(lambda: check_saved(trainer, sums, folder))
+    by_first(lambda: check_saved(trainer, sums, folder))
     if trainer.is_world_process_zero():
         leave_record(trainer, arguments, data, then)
-    state = PartialState()  # a process that ends while others still talk to it may abort, with its own exit code
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    exchange("finished")  # a process that ends while others still talk to it may abort, with its own exit code
+    leave()
+    PartialState().destroy_process_group()
 
 
 def leave_record(trainer, arguments, data, then: list[str]) -> None:

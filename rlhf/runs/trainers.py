@@ -10,6 +10,7 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from rlhf.models.rollout import right_padded
 from rlhf.runs.engine import Engine
+from rlhf.runs.last_batch import EachRowOnce
 from rlhf.runs.named_evaluation import NamedEvaluation
 from rlhf.runs.resuming import Resumable
 from rlhf.runs.soundness import Sound
@@ -20,9 +21,10 @@ def checked(trainer_class: type) -> type:
     return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, Engine, trainer_class), {})
 
 
-class CheckedSFTTrainer(NamedEvaluation, checked(SFTTrainer)):
+class CheckedSFTTrainer(EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
+        labels = "real_rows" in inputs or (inputs["labels"] != -100).any()
+        assert labels, "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -40,7 +42,7 @@ class PairLengths:
         return LengthGroupedSampler(size, lengths=lengths)
 
 
-class CheckedRewardTrainer(PairLengths, NamedEvaluation, checked(RewardTrainer)):
+class CheckedRewardTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> torch.Tensor:
         """The scores of rows of tokens by the model in training, (rows,) on all processes: each reads its share."""
@@ -66,7 +68,7 @@ def score_answers_only(collate, rows: list[dict]) -> dict:
     return batch
 
 
-class CheckedDPOTrainer(PairLengths, NamedEvaluation, checked(DPOTrainer)):
+class CheckedDPOTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):
