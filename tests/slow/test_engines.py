@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from rlhf.runs.command_line import run
 from tests.conftest import QUICK, run_script
@@ -93,7 +93,8 @@ def process(rank, port, engine, stage, folder, flags, killed):
     """One of a run's processes, as its command starts it."""
     sys.stdout = sys.stderr = open(f"{folder}.{rank}.out", "a", buffering=1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | ENGINES[engine]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= ENGINES[engine]
     if engine.startswith("fsdp"):
         tell_accelerate()
     if killed is not None:
@@ -107,11 +108,10 @@ def process(rank, port, engine, stage, folder, flags, killed):
 
 def launch(engine, stage, folder, flags, killed=None) -> list[int]:
     """The exit codes of a run of two processes; what they print is in <folder>.0.out and .1.out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's, as torchrun has it
     both = [
-        CONTEXT.Process(target=process, args=(rank, port, engine, stage, folder, flags, killed)) for rank in range(2)
+        CONTEXT.Process(target=process, args=(rank, store.port, engine, stage, folder, flags, killed))
+        for rank in range(2)
     ]
     for one in both:
         one.start()
