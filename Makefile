@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 
-.PHONY: demo test test-slow test-resume bench-ppo flags lint format clean
+.PHONY: demo test test-slow test-resume test-engines bench-ppo flags lint format clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
@@ -19,6 +19,10 @@ test-slow: .venv/ready
 # of these: runs of all four trainers killed, damaged and stopped, with their tables
 test-resume: .venv/ready
 	$(BIN)/python -m pytest -s tests/slow/test_resume.py
+
+# and those of FSDP2 and DeepSpeed on two processes of this CPU, in an environment that has DeepSpeed
+test-engines: .venv-extra/ready
+	.venv-extra/bin/python -m pytest -s tests/slow/test_engines.py
 
 # a quarter of an hour: speed and memory of PPO beside TRL 1.12.0's, in a virtual environment of its own
 bench-ppo: .venv/ready .venv-trl/ready
@@ -38,11 +42,16 @@ format: .venv/ready
 
 # removes what a later `make` builds again, not your runs in saved/
 clean:
-	rm -rf .venv .venv-trl .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-extra .venv-trl .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+.venv-extra/ready: requirements.txt requirements-dev.txt requirements-extra.txt
+	$(PYTHON) -m venv .venv-extra
+	.venv-extra/bin/python -m pip install --quiet --requirement requirements-dev.txt --requirement requirements-extra.txt
 	touch $@
 
 # the last TRL with a PPOTrainer, on the versions of the other libraries that are used here

@@ -37,7 +37,6 @@ def main(script_args, training_args, model_args):
     from rlhf.models.loading import fit_length, load_tokenizer, new_reward_model, train_in_float32
     from rlhf.models.rendering import encode_preference
     from rlhf.models.rewards import store_statistics
-    from rlhf.models.rollout import score
     from rlhf.models.tokenizing import tokenize_all
     from rlhf.runs.folder import begin, find_resume
     from rlhf.runs.log import say, watch
@@ -91,11 +90,11 @@ def main(script_args, training_args, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
     held_out = [row for rows in evals.values() for row in rows] or train.select(range(min(len(train), 200)))
     answers = [row[side] for row in held_out for side in ("chosen_ids", "rejected_ids")]
+    scores = trainer.score(answers)
     if trainer.is_world_process_zero():
-        store_statistics(score(model, answers, tokenizer.pad_token_id), folder)
+        store_statistics(scores, folder)
     finish(
         trainer,
         arguments,

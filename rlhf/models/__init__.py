@@ -7,5 +7,5 @@ Read in this order: loading (tokenizer, policy and reward model, each by its nam
 base it has, and that all of it was loaded), fingerprints (hashes of weights and tokenizers), templates (messages to
 text to tokens), rendering (which tokens carry loss, truncation), tokenizing (a whole mix, and what was dropped of it),
 preview (rows as a model sees them), rollout (sampling answers and reading them), rewards (what judges an answer),
-shared_base (several adapters on one base). flat_rows and fast_linear give the same numbers sooner on a CPU.
+shared_base (several adapters on one base), shards (a weight's parts); flat_rows, fast_linear (the same, sooner).
 """

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from rlhf.models.fingerprints import weights_sha256
+from rlhf.models.shards import part_of, shape_of
 from rlhf.user_error import UserError
 
 IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -101,7 +102,7 @@ def check_finite(weights, name: str) -> None:
     for key, weight in weights:
         # a sum shows it in one pass over the memory; 8 and 4 bits hold codes, which are always finite
         wide = weight.is_floating_point() and weight.element_size() > 1
-        if wide and not weight.detach().sum(dtype=torch.float32).isfinite():
+        if wide and not part_of(weight).sum(dtype=torch.float32).isfinite():
             raise UserError(f"{name} is damaged: {key} holds values that are not finite\n  bring back a whole copy")
 
 
@@ -198,9 +199,9 @@ def resize_for(model, adapter: str) -> int:
             for key, weight in adapter_weights(adapter).items()
             if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
         }
-    if rows and rows != {layers[0].weight.shape[0]}:
+    if rows and rows != {shape_of(layers[0].weight)[0]}:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
-    return layers[0].weight.shape[0]
+    return shape_of(layers[0].weight)[0]
 
 
 def load_sum(model, adapters: list[str], weights: list[float]):

@@ -34,6 +34,7 @@ from rlhf.models.adapters import (
     task_of,
 )
 from rlhf.models.rendering import install_template
+from rlhf.models.shards import shape_of
 from rlhf.models.templates import UNUSED_BYTE
 from rlhf.user_error import UserError
 
@@ -116,7 +117,7 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
             **kwargs,
         )
     check_finite(model.named_parameters(), base)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = shape_of(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         pair = "not a pair"
         if adapter and resize_for(model, adapter) > rows:

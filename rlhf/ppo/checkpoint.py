@@ -12,12 +12,17 @@ VALUE_HEAD = "value_head.safetensors"  # with the critic's own LoRA, where it ha
 STATE = "ppo_state.json"
 
 
-def save(trainer, folder: Path) -> None:
-    """Write the policy (its adapter alone, where it has one) as any PEFT tool reads it, and what PPO adds to it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    lora = isinstance(model.policy, PeftModel)
-    model.policy.save_pretrained(folder, **({"selected_adapters": [trainer.adapter]} if lora else {}))
-    critic = {name: p.detach().cpu().contiguous() for name, p in model.value_parameters().items()}
+def save(trainer, folder: Path, weights: dict | None = None) -> None:
+    """Write the policy (its adapter alone, where it has one) as any PEFT tool reads it, and what PPO adds to it.
+
+    Args:
+        weights: what is trained, by name, where an engine keeps it elsewhere than in the model.
+    """
+    model, weights = trainer.accelerator.unwrap_model(trainer.model), weights or {}
+    options = {"selected_adapters": [trainer.adapter]} if isinstance(model.policy, PeftModel) else {}
+    policy = {name.removeprefix("policy."): weight for name, weight in weights.items() if name.startswith("policy.")}
+    model.policy.save_pretrained(folder, state_dict=policy or None, **options)
+    critic = {n: weights.get(n, p).detach().cpu().contiguous() for n, p in model.value_parameters().items()}
     save_file(critic, folder / VALUE_HEAD)
     state = {"kl_coef": trainer.kl_coef, "metrics": trainer.metrics}  # of updates that are not logged yet
     (folder / STATE).write_text(json.dumps(state) + "\n")
@@ -26,8 +31,8 @@ def save(trainer, folder: Path) -> None:
 
 
 def load(trainer, folder: Path) -> None:
+    """The policy and the critic."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    state = json.loads((folder / STATE).read_text())
     if isinstance(model.policy, PeftModel):
         weights = load_peft_weights(folder, device="cpu")
         set_peft_model_state_dict(model.policy, weights, adapter_name=trainer.adapter)
@@ -36,5 +41,10 @@ def load(trainer, folder: Path) -> None:
     critic = load_file(folder / VALUE_HEAD)
     for name, parameter in model.value_parameters().items():
         parameter.data.copy_(critic[name])
+
+
+def load_state(trainer, folder: Path) -> None:
+    """The KL coefficient, and metrics of updates that are not logged yet."""
+    state = json.loads((folder / STATE).read_text())
     trainer.kl_coef = state["kl_coef"]
     trainer.metrics.update(state.get("metrics", {}))

@@ -67,9 +67,11 @@ class PPOTrainer(Trainer):
             **kwargs,
         )
         if self.is_fsdp_enabled:  # sampling and scoring call parts of the model, each of which holds a shard
+            raise UserError("PPO needs whole weights on each device, which FSDP does not keep: train by DDP or ZeRO-2")
+        if self.is_deepspeed_enabled and (self.ppo.target_kl is not None or self.ppo.value_warmup_updates):
             raise UserError(
-                "PPO needs whole weights on each device, which FSDP does not keep:\n"
-                "  accelerate launch --config_file accelerate_config/multi_gpu.yaml ppo_training.py ..."
+                "--target_kl and --value_warmup_updates hold steps back, and DeepSpeed steps within backward\n"
+                "  leave them out, or train by DDP: accelerate launch --config_file accelerate_config/multi_gpu.yaml"
             )
         for other in (reference.model, *(getattr(reward_model, name, None) for name in ("model", "head"))):
             if other is not None:
@@ -248,13 +250,21 @@ class PPOTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
-            checkpoint.save(self, Path(output_dir or self.args.output_dir))
+            checkpoint.save(self, Path(output_dir or self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint.load(self, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, folder):  # after the weights, which DeepSpeed loads by itself
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is not None:
+            checkpoint.load_state(self, Path(folder))
+
     def _load_best_model(self):
-        checkpoint.load(self, Path(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            checkpoint.load(self, Path(self.state.best_model_checkpoint))
         self.metrics.clear()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from trl import ModelConfig
 
+from rlhf.runs.engine import DEEPSPEED, asked, check_engine
 from rlhf.user_error import UserError
 
 
@@ -32,8 +33,12 @@ class ModelArguments(ModelConfig):
             self.lora_target_modules = [self.lora_target_modules]
 
 
-def machine_defaults() -> tuple[dict, str]:
-    """Training arguments that depend on the machine, and a sentence that says what was chosen."""
+def machine_defaults(engine: str | None) -> tuple[dict, str]:
+    """Training arguments that depend on the machine, and a sentence that says what was chosen.
+
+    Args:
+        engine: the one asked for; accelerate passes over DeepSpeed under `use_cpu`.
+    """
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -42,7 +47,8 @@ def machine_defaults() -> tuple[dict, str]:
     chosen = {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
     if torch.backends.mps.is_available():
         return chosen, "Apple GPU, float32"
-    return {**chosen, "use_cpu": True}, f"CPU with {torch.get_num_threads()} threads, float32"
+    chosen |= {"ddp_backend": "gloo"} if engine == DEEPSPEED else {"use_cpu": True}
+    return chosen, f"CPU with {torch.get_num_threads()} threads, float32"
 
 
 def imported(path: str):
@@ -91,7 +97,7 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
     Raises:
         UserError: for what the libraries, or this machine, refuse.
     """
-    chosen, machine = machine_defaults()
+    chosen, machine = machine_defaults(asked(values.get("fsdp"), values.get("deepspeed")))
     values, parsed = {**chosen, **defaults, **values}, []
     check_machine(values)
     for cls in classes:
@@ -101,4 +107,4 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).strip().splitlines()[0][:280]) from error
     check_optimizer(parsed[1])
-    return tuple(parsed), machine
+    return tuple(parsed), f"{machine}; {check_engine(parsed[1])}"

@@ -152,6 +152,8 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             trainer.lock = lock_folder(folder)
+            if (folder / "adapter_config.json").exists() and not arguments[2].use_peft:
+                raise UserError(f"{folder} holds an adapter, which would be taken for the whole model beside it")
             place = Path(checkpoint).parent if checkpoint else folder
             if checkpoint:
                 earlier = read_started(place)

@@ -12,10 +12,12 @@ from rlhf.models.fingerprints import configs_sha256, tokenizer_sha256, weights_s
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
+from rlhf.runs.engine import deepspeed_config, engine_name
 from rlhf.user_error import UserError
 
 STARTED, PROCESSES = "started.json", "number of processes"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+OF_DEEPSPEED = ("optimizer", "scheduler", "gradient_clipping", "bf16.enabled", "fp16.enabled")  # decide the numbers
 MAY_CHANGE = (  # how the names of arguments begin that do not bear on what is learned
     "activation_", "dataloader_in", "dataloader_mu", "dataloader_n", "dataloader_p", "ddp_", "disable_tqdm", "do_eval",
     "dry_run", "early_stopping", "eval_", "generate_eval", "gradient_accumulation", "gradient_checkpointing", "hub_",
@@ -42,7 +44,7 @@ def identity_of(trainer, arguments, reward=None) -> dict:
     base, adapters = resolve_adapters(model_args.model_name_or_path)
     revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    held_out = trainer.eval_dataset or {}
+    held_out, config = trainer.eval_dataset or {}, deepspeed_config(trainer)
     parts = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}
     parts |= {
         "rows a step": batch * training_args.world_size,
@@ -55,6 +57,8 @@ def identity_of(trainer, arguments, reward=None) -> dict:
         "adapter it starts from": weights_sha256(adapters[0]) if adapters else None,
         "adapter config": configs_sha256(adapters[0]) if adapters else None,
         "precision": trainer.accelerator.mixed_precision,  # also where the launcher alone sets it
+        "engine": engine_name(training_args),
+        "settings of DeepSpeed": {name: config.get_value(name) for name in OF_DEEPSPEED} if config else None,
         "tokenizer and template": tokenizer_sha256(trainer.processing_class),
         "reward": reward.fingerprint() if reward else None,
         "versions": {package: version(package) for package in PACKAGES},

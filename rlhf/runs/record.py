@@ -1,6 +1,7 @@
 """What a run says before it starts and leaves when it is complete: the plan, `run.json`, the model card."""
 
 import json
+import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -9,18 +10,20 @@ from accelerate import PartialState
 
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
-from rlhf.processes import exchange, leave
+from rlhf.models.shards import shape_of
+from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
 from rlhf.runs.memory import fitted
+from rlhf.runs.soundness import check_saved
 
 
 def plan(trainer, data, dry_run: bool = False) -> str:
     """What a run is about to do, in two lines; and, found by a step of it, the memory that it needs."""
     args, counts = trainer.args, data["tokenized"]
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    parameters = [(math.prod(shape_of(p)), p.requires_grad) for p in trainer.model.parameters()]
     trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
@@ -72,7 +75,11 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
         arguments: the script's dataclasses.
         data: the report of what was trained on.
         then: arguments of `accelerate launch` for the next stage, or whole commands that start with `python`.
+    Raises:
+        UserError: if the folder does not hold what was trained.
     """
+    sums, folder = trainer.sums(), Path(arguments[1].output_dir)  # each process holds a part of what is summed
+    by_first(lambda: check_saved(trainer, sums, folder))
     if trainer.is_world_process_zero():
         leave_record(trainer, arguments, data, then)
     exchange("finished")  # a process that ends while others still talk to it may abort, with its own exit code

@@ -8,6 +8,8 @@ from peft import PeftModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from rlhf.models.rollout import right_padded
+from rlhf.runs.engine import Engine
 from rlhf.runs.last_batch import EachRowOnce
 from rlhf.runs.named_evaluation import NamedEvaluation
 from rlhf.runs.resuming import Resumable
@@ -15,8 +17,8 @@ from rlhf.runs.soundness import Sound
 
 
 def checked(trainer_class: type) -> type:
-    """A `transformers.Trainer` class whose runs are resumed exactly, and stop at what is not finite."""
-    return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, trainer_class), {})
+    """A `transformers.Trainer` class whose runs are resumed exactly, stop at what is not finite, and save it all."""
+    return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, Engine, trainer_class), {})
 
 
 class CheckedSFTTrainer(EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
@@ -41,7 +43,20 @@ class PairLengths:
 
 
 class CheckedRewardTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
-    pass
+    @torch.no_grad()
+    def score(self, rows: list[list[int]]) -> torch.Tensor:
+        """The scores of rows of tokens by the model in training, (rows,) on all processes: each reads its share."""
+        processes, size = self.args.world_size, self.args.per_device_eval_batch_size
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # rows of a length need little padding
+        order += order[-1:] * (-len(rows) % processes)  # so that all call the model as often, which may be in parts
+        mine, scores = order[self.args.process_index :: processes], []
+        self.model.eval()
+        for i in range(0, len(mine), size):
+            batch = [rows[j] for j in mine[i : i + size]]
+            ids, mask = right_padded(batch, self.processing_class.pad_token_id, self.args.device)
+            scores.append(self.model_wrapped(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float())
+        found = self.accelerator.gather(torch.cat(scores)).view(processes, -1).T.flatten().cpu()
+        return torch.empty(len(rows)).index_copy_(0, torch.tensor(order), found)
 
 
 def score_answers_only(collate, rows: list[dict]) -> dict:

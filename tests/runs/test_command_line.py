@@ -134,7 +134,8 @@ def test_tools_print_their_help_without_loading_a_library(script):
 
 def written_commands():
     """Each command of ours in README, docstrings and YAML headers, with the place where it stands."""
-    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*.py")]:
+    files = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *ROOT.glob("examples/*.py")]
+    for path in files:
         text = path.read_text().replace("\\\n", " ")
         if path.suffix == ".py":
             text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
