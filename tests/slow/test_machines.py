@@ -1,12 +1,16 @@
 """Two network namespaces as machines, and the link between them cut: `python -m pytest tests/slow/test_machines.py`.
 
-Each machine has an address, a name and, where a test says so, files of its own; it takes root. Minutes.
+Each machine has an address, a name and, where a test says so, files of its own; it takes root, and minutes. Processes
+start as examples/slurm.sbatch starts them; and once by torchrun.
 """
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,69 +18,59 @@ from tests.conftest import QUICK, ROOT
 
 ADAPTER, TIMEOUT = "adapter_model.safetensors", 20
 STEPS = "--max_steps 40 --save_steps 5 --eval_strategy no --learning_rate 1e-2 --per_device_train_batch_size 2"
+HOSTS = "127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n"
 SETUP = """
 ip netns add {0} && ip netns add {1} && ip link add eth0 netns {0} type veth peer name eth0 netns {1} || exit 1
 for name in {0} {1}; do ip -n $name link set lo up; ip -n $name link set eth0 up; done
 ip -n {0} address add 10.99.0.1/24 dev eth0 && ip -n {1} address add 10.99.0.2/24 dev eth0
 """
-# a name, and a mount for each pair of folders; then the command
+# a name, and pairs of what is mounted and where; then the command
 ENTER = 'hostname "$1"; shift; while [ "$1" != -- ]; do mount --bind "$1" "$2"; shift 2; done; shift; exec "$@"'
+TORCHRUN = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint first:29400"
 
 
 class Machines:
     def __init__(self, names):
-        self.names = names
+        self.namespaces = names
 
     def link(self, state):
-        subprocess.run(["ip", "-n", self.names[1], "link", "set", "eth0", state], check=True)
+        subprocess.run(["ip", "-n", self.namespaces[1], "link", "set", "eth0", state], check=True)
 
-    def start(self, folder, words, own=(), more=()):
-        """torchrun on both; the second has `own` files, pairs of (its folder, where it sees it), and `more` flags."""
+    def off(self):
+        """End whatever still runs on them."""
+        for name in self.namespaces:
+            for process in subprocess.check_output(["ip", "netns", "pids", name], text=True).split():
+                os.kill(int(process), signal.SIGKILL)
+
+    def start(self, folder, words, own=(), more=(), launcher=()):
+        """A process on each; the second has files of its `own`, pairs of a path and its place, and `more` flags."""
+        (folder / "hosts").write_text(HOSTS)
         running = []
-        for i, name in enumerate(self.names):
-            torchrun = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id t"
-            torchrun += f" --rdzv-endpoint 10.99.0.1:29400"
-            (folder / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
-            files = [folder / "hosts", "/etc/hosts", *(path for pair in own if i for path in pair)]
-            inside = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                "unshare",
-                "--uts",
-                "--mount",
-                "sh",
-                "-c",
-                ENTER,
-                "-",
-                ("first", "second")[i],
-                *files,
-            ]
+        for i, (namespace, name) in enumerate(zip(self.namespaces, ("first", "second"), strict=True)):
+            mounts = [folder / "hosts", "/etc/hosts", *(path for pair in own if i for path in pair)]
+            inside = ["ip", "netns", "exec", namespace, "unshare", "--uts", "--mount", "sh", "-c", ENTER, "-", name]
+            ranks = {} if launcher else {"RANK": str(i), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
             with open(folder / f"out{i}.txt", "w") as out:
                 running.append(
                     subprocess.Popen(
-                        [*inside, "--", sys.executable, *torchrun.split(), *words, *(more if i else ())],
-                        cwd=folder,
-                        env={**os.environ, "OMP_NUM_THREADS": "1"},
-                        stdout=out,
-                        stderr=out,
-                        start_new_session=True,
+                        [*inside, *mounts, "--", sys.executable, *launcher, *words, *(more if i else ())],
+                        env={**os.environ, **ranks, "MASTER_ADDR": "first", "MASTER_PORT": "29400",
+                             "OMP_NUM_THREADS": "1"},
+                        cwd=folder, stdout=out, stderr=out,
                     )
-                )
+                )  # fmt: skip
         return running
 
-
-def ends(running, folder, timeout) -> list[tuple[int, str]]:
-    """(exit code, output) of both machines, which must end within so many seconds."""
-    until = time.monotonic() + timeout
-    try:
-        codes = [process.wait(timeout=max(0.1, until - time.monotonic())) for process in running]
-    except subprocess.TimeoutExpired:
-        for process in running:
-            os.killpg(process.pid, 9)
-        pytest.fail("\n".join((folder / f"out{i}.txt").read_text() for i in (0, 1)))
-    return [(code, (folder / f"out{i}.txt").read_text()) for i, code in enumerate(codes)]
+    def ends(self, running, folder, timeout) -> list[tuple[int, str]]:
+        """(exit code, output) of both, which must end within so many seconds."""
+        until = time.monotonic() + timeout
+        while time.monotonic() < until and any(process.poll() is None for process in running):
+            time.sleep(0.1)
+        codes = [process.poll() for process in running]
+        self.off()
+        found = [(code, (folder / f"out{i}.txt").read_text()) for i, code in enumerate(codes)]
+        assert None not in codes, found
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -85,28 +79,28 @@ def machines():
     made = subprocess.run(["sh", "-c", SETUP.format(*names)], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
-    yield Machines(names)
+    pair = Machines(names)
+    yield pair
+    pair.off()
     for name in names:
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 
-def command(base, data, folder="sft"):
-    words = f"{QUICK} {STEPS} --model_name_or_path {base} --dataset_names {data} --output_dir {folder}"
-    return [str(ROOT / "sft_training.py"), *words.split()]
+def command(base, data):
+    words = f"{QUICK} {STEPS} --model_name_or_path {base} --dataset_names {data} --output_dir sft"
+    return [str(ROOT / "sft_training.py"), *words.split(), "--ddp_timeout", str(TIMEOUT)]
 
 
 @pytest.fixture(scope="module")
 def expected(machines, base, data, tmp_path_factory):
-    """The weights of a run whose link holds."""
+    """The weights of a run whose link holds, started by torchrun."""
     folder = tmp_path_factory.mktemp("whole")
-    found = ends(machines.start(folder, command(base, data)), folder, 300)
+    found = machines.ends(machines.start(folder, command(base, data), launcher=TORCHRUN.split()), folder, 300)
     assert [code for code, _ in found] == [0, 0], found
     return (folder / "sft" / ADAPTER).read_bytes()
 
 
-def test_a_cut_link_ends_both_in_a_line_within_the_timeout_and_the_run_goes_on(
-    machines, base, data, expected, tmp_path
-):
+def test_a_cut_link_ends_both_within_the_timeout_and_the_run_goes_on(machines, base, data, expected, tmp_path):
     running = machines.start(tmp_path, command(base, data))
     while not (tmp_path / "sft" / "checkpoint-5" / "manifest.json").exists():
         assert all(process.poll() is None for process in running)
@@ -114,54 +108,88 @@ def test_a_cut_link_ends_both_in_a_line_within_the_timeout_and_the_run_goes_on(
     machines.link("down")
     cut = time.monotonic()
     try:
-        found = ends(running, tmp_path, 3 * TIMEOUT)
+        found = machines.ends(running, tmp_path, 2 * TIMEOUT)
     finally:
         machines.link("up")
     print(f"both ended {time.monotonic() - cut:.0f} s after the cut, with --ddp_timeout {TIMEOUT}")
     for code, printed in found:
-        assert code != 0 and printed.count("error: ") == 1, printed
-    found = ends(machines.start(tmp_path, command(base, data)), tmp_path, 300)
+        assert code != 0 and printed.count("error: ") == 1 and "Traceback" not in printed, printed
+    found = machines.ends(machines.start(tmp_path, command(base, data)), tmp_path, 300)
     assert [code for code, _ in found] == [0, 0] and "continuing from checkpoint-" in found[0][1], found
     assert (tmp_path / "sft" / ADAPTER).read_bytes() == expected
 
 
-def differing(what, base, data, tmp_path):
-    """(files of its own, more flags) of the second machine, and what its error names."""
-    import shutil
-
-    folder = tmp_path / "own"
-    if what == "a file is missing":
-        folder.mkdir()
-        return [(folder, os.path.dirname(data))], (), "pairs.jsonl"
-    if what == "rows differ":
-        folder.mkdir()
-        (folder / "pairs.jsonl").write_text("".join(open(data).readlines()[1:]))
-        return [(folder, os.path.dirname(data))], (), ""
-    if what == "no base":
-        folder.mkdir()
-        return [(folder, base)], (), ""
-    if what == "another base":
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        shutil.copytree(base, folder)
-        weights = load_file(folder / "model.safetensors")
-        save_file({k: v + torch.eye(*v.shape) if v.ndim == 2 else v for k, v in weights.items()},
-                  folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
-        return [(folder, base)], (), ""
-    return [], what.split(), what.split()[0].strip("-")
+def other_rows(folder, base, data):
+    (folder / "pairs.jsonl").write_text("".join(Path(data).read_text().splitlines(keepends=True)[1:]))
+    return [(folder, Path(data).parent)]
 
 
-DIFFERENT = ("a file is missing", "rows differ", "no base", "another base", "--learning_rate -1", "--nosuch 1",
-             "--learning_rate 2e-2", "--eval_dataset_names nosuch.jsonl")  # fmt: skip
+def no_rows(folder, base, data):
+    return [(folder, Path(data).parent)]
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_a_mistake_on_the_second_machine_alone_ends_both(what, machines, base, data, tmp_path):
-    own, more, named = differing(what, base, data, tmp_path)
-    running = machines.start(tmp_path, command(base, data), own, more)
-    first, second = ends(running, tmp_path, 120)
-    for code, printed in (first, second):
-        assert code != 0 and "saved in" not in printed
-    assert second[1].count("error: ") == 1 and "exitcode  : 2 " in second[1] and named in second[1], second[1]
+def no_base(folder, base, data):
+    return [(folder, base)]
+
+
+def other_base(folder, base, data):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).add_(torch.tensor(1e-3))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return [(folder, base)]
+
+
+def other_template(folder, base, data):
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}")
+    return [(folder, base)]
+
+
+@pytest.mark.parametrize("launcher", ["", TORCHRUN], ids=["srun", "torchrun"])
+@pytest.mark.parametrize("what, named", [
+    (no_rows, "pairs.jsonl"),
+    (other_rows, "second"),
+    (no_base, ""),
+    (other_base, "second"),
+    (other_template, "second"),
+    ("--learning_rate -1", "learning_rate"),
+    ("--nosuch 1", "nosuch"),
+    ("--learning_rate 2e-2", "second"),
+    ("--max_steps 41", "second"),
+    ("--eval_strategy steps", "second"),
+])  # fmt: skip
+def test_a_mistake_on_the_second_machine_alone_ends_both(what, named, launcher, machines, base, data, tmp_path):
+    """Exit code 2 and one line; of torchrun, which has an exit code of its own, that no run goes on."""
+    (tmp_path / "own").mkdir()
+    own, more = ([], what.split()) if isinstance(what, str) else (what(tmp_path / "own", base, data), [])
+    running = machines.start(tmp_path, command(base, data), own, more, launcher.split())
+    found = machines.ends(running, tmp_path, 120)
     assert not (tmp_path / "sft" / "run.json").exists()
+    if launcher:
+        assert all(code for code, _ in found)
+        return
+    assert [code for code, _ in found] == [2, 2], found
+    printed = found[0][1] + found[1][1]
+    assert "Traceback" not in printed and named in found[1][1]
+    assert [text.count("error: ") for _, text in found] in ([0, 1], [1, 1]), printed
+
+
+def test_machines_that_hold_different_checkpoints_do_not_go_on(machines, base, data, tmp_path):
+    """Disks of their own: the second one's newest checkpoint is lost."""
+    flags = [*command(base, data), "--max_steps", "10"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sft").mkdir()
+    own = [(tmp_path / "b", tmp_path / "sft")]
+    found = machines.ends(machines.start(tmp_path, flags, own), tmp_path, 120)
+    print(found)
+    for path in (tmp_path / "sft", tmp_path / "b"):
+        (path / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(path / "checkpoint-10", ignore_errors=True)
+    shutil.rmtree(tmp_path / "b" / "checkpoint-5", ignore_errors=True)
+    found = machines.ends(machines.start(tmp_path, flags, own), tmp_path, 120)
+    assert [code for code, _ in found] == [2, 2] and "second" in found[1][1], found
