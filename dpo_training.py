@@ -60,7 +60,7 @@ def main(script_args, training_args, model_args):
         peft_config=peft_config,
     )
     train_in_float32(trainer.model)
-    watch(trainer)
+    watch(trainer, script_args.early_stopping_patience)
     say(plan(trainer, data))
     if script_args.dry_run:
         return

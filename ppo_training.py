@@ -83,7 +83,7 @@ def main(script_args, training_args, model_args):
         eval_dataset=evals,
         processing_class=tokenizer,
     )
-    watch(trainer)
+    watch(trainer, script_args.early_stopping_patience)
     say(plan(trainer, data))
     if script_args.dry_run:
         return

@@ -30,14 +30,10 @@ class SFTScriptArguments(ScriptArguments):
         default=0, metadata={"help": "Generate so many answers at each evaluation and report their ROUGE; 0 for none."}
     )
     generate_eval_length: int = field(default=64, metadata={"help": "The longest of these answers, in tokens."})
-    early_stopping_patience: int = field(
-        default=0,
-        metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},
-    )
 
 
 def main(script_args, training_args, model_args):
-    from rlhf.evaluation.generation_metric import GeneratedRouge, Patience
+    from rlhf.evaluation.generation_metric import GeneratedRouge
     from rlhf.models.loading import fit_length, load_policy, load_tokenizer, train_in_float32
     from rlhf.models.rendering import encode_demonstrations
     from rlhf.models.tokenizing import tokenize_all
@@ -82,9 +78,7 @@ def main(script_args, training_args, model_args):
     if script_args.generate_eval_samples:
         samples, length = script_args.generate_eval_samples, script_args.generate_eval_length
         trainer.more_metrics = GeneratedRouge(trainer, samples, length)
-    if script_args.early_stopping_patience:
-        trainer.add_callback(Patience(script_args.early_stopping_patience))
-    watch(trainer)
+    watch(trainer, script_args.early_stopping_patience)
     say(plan(trainer, data))
     if script_args.dry_run:
         return

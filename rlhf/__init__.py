@@ -1,4 +1,5 @@
 """The rooms behind the commands: data, models, ppo, evaluation, runs; each says in its docstring what it holds.
+Beside them user_error (how a mistake ends) and processes (how several agree).
 
 Importing any of them settles first, here, what the libraries read when they are imported.
 """

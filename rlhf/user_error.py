@@ -17,10 +17,9 @@ class UserError(Exception):
 
 
 def mistake(error: UserError) -> int:
-    """Say what was wrong, once a machine whatever the number of processes; the exit code."""
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:
-        lines = visible(f"error: {error}").splitlines()
-        print("\n".join(line if len(line) < 300 else f"{line[:296]}..." for line in lines), file=sys.stderr)
+    """Say what was wrong; the exit code."""
+    lines = visible(f"error: {error}").splitlines()
+    print("\n".join(line if len(line) < 300 else f"{line[:296]}..." for line in lines), file=sys.stderr)
     return 2
 
 

@@ -1,6 +1,9 @@
 """Tiny models and tokenizers, made here: no test needs a network, a GPU or an account."""
 
 import os
+import socket
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -80,6 +83,39 @@ def run_script(script, **flags):
     arguments = [*QUICK.split(), *(part for key, value in flags.items() for part in (f"--{key}", str(value)))]
     module.main(*module.make_parser().parse_args_and_config(arguments))
     return flags["output_dir"]
+
+
+def run_processes(script, flags_of: list[dict], seconds=180, **environment) -> list[tuple[int, str]]:
+    """A script on as many processes as there are dicts of flags, as torchrun starts them: what each ends with and
+    prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(flags_of))}
+    shared["OMP_NUM_THREADS"] = "1"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / f"{script}.py"), *QUICK.split(), *(f"--{k}={v}" for k, v in flags.items())],
+            env={
+                **os.environ,
+                **shared,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, flags in enumerate(flags_of)
+    ]
+    try:
+        printed = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
 @pytest.fixture(scope="session")

@@ -5,23 +5,11 @@ Teacher-forced argmax, which is often taken for this, sees the reference's words
 
 import torch
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlhf.evaluation.statistics import mean, rouge
 from rlhf.models.rollout import generate, stop_ids
 from rlhf.user_error import UserError
-
-
-class Patience(EarlyStoppingCallback):
-    """Ends training when the best metric has not risen for so many evaluations.
-
-    transformers' own callback is shown each dataset's metrics apart and complains of those that it does not look for.
-    """
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class GeneratedRouge:

@@ -21,6 +21,7 @@ from rlhf.models.templates import (
     text_ids,
     token_ids,
 )
+from rlhf.processes import first_here_first
 from rlhf.user_error import UserError
 
 WHAT_TO_DO = "  raise --max_length where rows are too long, else mend the rows; prepare_data.py --preview shows them"
@@ -231,7 +232,6 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
     Rows that cannot be trained on are dropped and counted: `{"kept": rows, "examples": n, "shortened": rows,
     "dropped": {reason: rows}, "dropped_of": {dataset: {reason: rows}}, "tokens": n, "tokens_of": {dataset: n}}`.
     """
-    from accelerate import PartialState
 
     def encode_row(row, place):
         try:
@@ -251,7 +251,7 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
 
     columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
     options["fn_kwargs"] = {"code": sha256_of(*sorted(Path(__file__).parent.glob("*.py")))}
-    with PartialState().main_process_first():  # one process writes the cache, the others read it
+    with first_here_first():  # one process writes the cache, the others read it
         encoded = dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=columns, **options)
         kept = encoded
         if any(encoded["problem"]):

@@ -58,8 +58,6 @@ def check_machine(values: dict) -> None:
     for name in ("fp16", "fp16_full_eval", "tf32", "activation_offloading"):
         if values.get(name):
             raise UserError(f"--{name}: there is no GPU in use here that could do it; leave it out")
-    if "ddp_timeout" in values:
-        raise UserError("--ddp_timeout: transformers passes it on with GPUs alone; leave it out")
 
 
 def check_optimizer(args) -> None:

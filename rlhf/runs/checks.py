@@ -188,6 +188,10 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
         yield "--load_best_model_at_end: nothing is best with --eval_strategy no"
     if now["load_best_model_at_end"] and not best:
         yield f"--load_best_model_at_end: the best model is told by an evaluation: give {metric}"
+    if now["early_stopping_patience"] and not best:
+        yield f"--early_stopping_patience needs {metric}: by it better is told from worse"
+    if now["early_stopping_patience"] and not evaluates:
+        yield "--early_stopping_patience: nothing is better or worse with --eval_strategy no"
     if now["save_strategy"] == "best" and not (evaluates and best):
         yield f"the best model is told by an evaluation: give {metric}, and not --eval_strategy no"
     if values.get("eval_on_start") and not evaluates:
@@ -223,10 +227,6 @@ def _stage(script: str, now: dict, values: dict):
             yield "--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out"
         if now["padding_free"] and "flash" not in (now["attn_implementation"] or ""):
             yield "--padding_free keeps rows apart only with --attn_implementation flash_attention_2: leave it out"
-        if now["early_stopping_patience"] and not now["metric_for_best_model"]:
-            yield "--early_stopping_patience needs --metric_for_best_model, such as eval_rouge_avg"
-        if now["early_stopping_patience"] and now["eval_strategy"] == "no":
-            yield "--early_stopping_patience: nothing is better or worse with --eval_strategy no"
         if now["loss_type"] == "chunked_nll":
             yield "--loss_type chunked_nll: it does not fit rows that are tokenised; nll gives the same loss"
     if script == table.REWARD and "score" in _list(now["lora_target_modules"]):

@@ -12,13 +12,14 @@ import sys
 import textwrap
 from dataclasses import dataclass, field, fields
 
+from rlhf import processes
 from rlhf.runs import description
 from rlhf.runs.checks import check, convert, refused, unknown
 from rlhf.runs.flags import COMMON
 from rlhf.runs.renamed import NO_SUCH, RENAMED
 from rlhf.runs.signals import Stopped, listen
 from rlhf.runs.yaml_files import read_yaml
-from rlhf.user_error import UserError, end_quietly, mistake
+from rlhf.user_error import UserError, end_quietly
 
 NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)")
 
@@ -53,6 +54,10 @@ class ScriptArguments:
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},
     )
     overwrite_output_dir: bool = field(
         default=False,
@@ -109,6 +114,8 @@ class StageParser:
                 each other, a file or dataset that is not there.
         """
         values = self.read(list(sys.argv[1:] if args is None else args))
+        processes.join(values.get("ddp_timeout", processes.TIMEOUT))
+        processes.check_common(values)
         from rlhf.runs.arguments import build
 
         parsed, self.machine = build(self.classes(), values, self.stage_defaults)
@@ -254,11 +261,16 @@ def run(main, make_parser):
         except SystemExit as error:  # of code that the user brought, such as a reward function
             raise UserError(f"something in the run called sys.exit({error.code}) before its end") from error
     except UserError as error:
-        sys.exit(mistake(error))
+        sys.exit(processes.tell(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(mistake(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
+        sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
+    except RuntimeError as error:
+        if (problem := processes.lost(error)) is None:
+            raise
+        code = processes.tell(problem)
+        sys.exit(code if isinstance(problem, processes.Elsewhere) else 1)
     except Stopped as stopped:
         if first:
             print(f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", file=sys.stderr)

@@ -34,7 +34,7 @@ LOOKS = """
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc debug
     disable_tqdm ds3_gather_for_generation hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
     hub_token include_num_input_tokens_seen log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_steps logging_strategy project push_to_hub report_to run_name save_on_each_node
+    logging_nan_inf_filter logging_steps logging_strategy project push_to_hub report_to run_name
     save_only_model save_steps save_strategy save_total_limit skip_memory_metrics torch_empty_cache_steps
     trackio_bucket_id trackio_space_id trackio_static_space_id use_cache
 """.split()
@@ -90,6 +90,7 @@ REFUSED = {
     "parallelism_config": {ALL: "accelerate's own file says it: accelerate launch --config_file"},
     "prediction_loss_only": {ALL: _LOSS},
     "remove_unused_columns": {ALL: "the rows have no unused columns; leave it out"},
+    "save_on_each_node": {ALL: "the processes of a run share one --output_dir; leave it out"},
     "shuffle_dataset": {ALL: "rows are mixed and shuffled already, by --seed; leave it out"},
     "torch_compile": {(PPO,): _SHAPES},
     "torch_compile_backend": {(PPO,): _SHAPES},

@@ -6,13 +6,13 @@
 import json
 import os
 import platform
+import time
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from rlhf.models.adapters import check_apart
+from rlhf.processes import by_first, check_common, exchange
 from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest
 from rlhf.runs.identity import STARTED, check_same, identity_of, read_started, start
 from rlhf.runs.log import say
@@ -20,20 +20,6 @@ from rlhf.user_error import UserError
 
 LOCK, RUN = ".lock", "run.json"
 TRACES = (LOCK, STARTED + ".tmp")  # what a run leaves that is killed before it has an identity
-
-
-def by_first_process(decide):
-    """What the first process decides, on all; its UserError too, so that no process waits for one that has ended."""
-    result = [None, None]
-    if PartialState().is_main_process:
-        try:
-            result[0] = decide()
-        except UserError as error:
-            result[1] = str(error)
-    broadcast_object_list(result)
-    if result[1] is not None:
-        raise UserError(result[1])
-    return result[0]
 
 
 def find_resume(arguments, inputs: list[str]) -> str | None:
@@ -59,7 +45,10 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
             return None
         return unfinished(folder, go_on)
 
-    checkpoint = by_first_process(decide)
+    checkpoint = by_first(decide)
+    if checkpoint:
+        here = Path(checkpoint)
+        check_common({checkpoint: [problem_with(here), read_manifest(here)]})
     if checkpoint or training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     return checkpoint
@@ -154,18 +143,20 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
     Raises:
         UserError: naming what changed, who holds the folder, or why it cannot be written.
     """
-    folder = Path(arguments[1].output_dir)
+    training_args = arguments[1]
+    folder = Path(training_args.output_dir)
+    identity = identity_of(trainer, arguments, reward)
+    check_common(identity)
 
     def decide():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             trainer.lock = lock_folder(folder)
-            identity = identity_of(trainer, arguments, reward)
             place = Path(checkpoint).parent if checkpoint else folder
             if checkpoint:
                 earlier = read_started(place)
                 for line in check_same(place, earlier["identity"], identity):
-                    say(f"other versions than at the start of the run: {line}")
+                    say(f"not as at the start of the run: {line}")
                 if place.resolve() == folder.resolve():
                     return earlier
             if (folder / RUN).exists():  # an earlier run's: this folder is not complete until this run is
@@ -174,5 +165,21 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
 
-    started = by_first_process(decide)
+    started = by_first(decide)
+    if training_args.save_strategy != "no":
+        check_shared(folder, started["run_id"])
     trainer.run_id, trainer.identity = started["run_id"], started["identity"]
+
+
+def check_shared(folder: Path, run_id: str) -> None:
+    """Raises a UserError that names a machine on which the folder is another: its part of a checkpoint is lost."""
+    deadline = time.time() + 30  # a network's disk may be a while behind
+    while not (seen := (read_started(folder) or {}).get("run_id") == run_id) and time.time() < deadline:
+        time.sleep(1)
+    found = exchange([platform.node(), seen])
+    for host, sees in found:
+        if not sees:
+            raise UserError(
+                f"--output_dir {folder} is not the same folder on {host} as on {found[0][0]}: checkpoints would be in "
+                "pieces\n  give one on a disk that they share, or --save_strategy no (such a run is not resumed)"
+            )

@@ -14,7 +14,7 @@ from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.user_error import UserError
 
-STARTED = "started.json"
+STARTED, PROCESSES = "started.json", "number of processes"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 MAY_CHANGE = (  # how the names of arguments begin that do not bear on what is learned
     "activation_", "dataloader_in", "dataloader_mu", "dataloader_n", "dataloader_p", "ddp_", "disable_tqdm", "do_eval",
@@ -46,7 +46,7 @@ def identity_of(trainer, arguments, reward=None) -> dict:
     parts = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}
     parts |= {
         "rows a step": batch * training_args.world_size,
-        "number of processes": training_args.world_size,
+        PROCESSES: training_args.world_size,
         "training rows": rows_sha256(trainer.train_dataset),
         "held-out rows": {name: rows_sha256(rows) for name, rows in held_out.items()},
         "base model": base,
@@ -90,7 +90,7 @@ def start(folder: Path, identity: dict) -> str:
 
 
 def check_same(folder: Path, before: dict, now: dict) -> list[str]:
-    """The versions of libraries that changed since a run was started, a line each.
+    """What may have changed since a run was started, a line each: libraries, and processes that share the same rows.
 
     Raises:
         UserError: naming all else that changed: the rest of the run would follow it only in part.
@@ -98,6 +98,9 @@ def check_same(folder: Path, before: dict, now: dict) -> list[str]:
     then = before.get("versions", {})
     others = [f"{name} was {then.get(name)}, is {v}" for name, v in now["versions"].items() if then.get(name) != v]
     changed = [name for name in sorted(before | now) if name != "versions" and before.get(name) != now.get(name)]
+    if changed == [PROCESSES]:
+        others.append(difference(PROCESSES, before[PROCESSES], now[PROCESSES]))
+        changed = []
     if changed:
         raise UserError(
             f"{folder} was started with other arguments or inputs:\n  "
@@ -110,6 +113,6 @@ def check_same(folder: Path, before: dict, now: dict) -> list[str]:
 def difference(name: str, before, now) -> str:
     """`learning_rate: 0.1, and now 0.2`; of what is known by its hash alone, that it changed."""
     shown = [str(value) if value is not None else "left out" for value in (before, now)]
-    if any(len(text) > 60 for text in shown) or " " in name and name not in ("rows a step", "number of processes"):
+    if any(len(text) > 60 for text in shown) or " " in name and name not in ("rows a step", PROCESSES):
         return f"{name} changed"
     return f"{name}: {shown[0]}, and now {shown[1]}"

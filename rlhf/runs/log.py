@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 
 from rlhf.runs.checkpoints import write_whole
 
@@ -103,8 +103,23 @@ class Progress(TrainerCallback):
         self.bar = None
 
 
-def watch(trainer) -> None:
-    """Give a trainer the log, the curves and the bar of this module."""
+class Patience(EarlyStoppingCallback):
+    """Ends training when the best metric has not risen for so many evaluations.
+
+    transformers' own callback is shown each dataset's metrics apart and complains of those that it does not look for.
+    """
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+def watch(trainer, patience: int = 0) -> None:
+    """Give a trainer the log, the curves and the bar of this module; and an end, when so many evaluations in a row
+    are not better (0 for never).
+    """
+    if patience:
+        trainer.add_callback(Patience(patience))
     log, train = RunLog(trainer), trainer.train
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(log)

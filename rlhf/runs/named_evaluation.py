@@ -1,13 +1,79 @@
-"""Evaluation metrics under the name of their dataset, each row counted once."""
+"""Held-out metrics that are the rows' own: under the name of their dataset, the same at any batch size and any number
+of processes.
+"""
+
+from contextlib import contextmanager
+from math import ceil
+
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 
 from rlhf.user_error import UserError
 
 
-class NamedEvaluation:
-    """For TRL's trainers: `eval_hh_accuracy` where several datasets would share `eval_accuracy`.
+class OwnBatches:
+    """The rows that one of several processes evaluates, in batches.
 
-    TRL averages its own metrics over batches, so a last batch of one row would weigh as much as a full one; here a
-    batch counts as often as it has rows.
+    All give as many batches, since a forward pass of sharded weights takes all: after the `real` ones follow others
+    that do not count.
+    """
+
+    def __init__(self, rows: int, size: int, process: int, processes: int):
+        own = range(process, rows, processes)
+        batches = [list(own[start : start + size]) for start in range(0, len(own), size)]
+        self.real = len(batches)
+        self.batches = batches + [[0]] * (ceil(ceil(rows / processes) / size) - self.real)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@contextmanager
+def alone(accelerator):
+    """TRL gathers the metrics of each batch from all processes; here a process keeps its own."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *args, **kwargs: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
+
+
+def weights_of(inputs: dict) -> dict[str, int]:
+    """What a batch's mean of a metric is over; a metric that is not named is over the rows, or pairs."""
+    if "labels" in inputs:
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        return dict.fromkeys(("loss", "entropy", "mean_token_accuracy"), tokens)
+    if "completion_mask" in inputs:
+        chosen, rejected = (int(half[:, 1:].sum()) for half in inputs["completion_mask"].chunk(2))
+        of_chosen = dict.fromkeys(("mean_token_accuracy", "logits/chosen"), chosen)
+        return {**of_chosen, "logits/rejected": rejected, "entropy": chosen + rejected}
+    return {}
+
+
+def pooled(values: list[tuple[str, float, int]]) -> dict[str, float]:
+    """{metric: of all rows} of (metric, mean of a batch, its weight): means, minima, maxima, a count."""
+    found = {}
+    for name, value, weight in values:
+        found.setdefault(name, []).append((value, weight))
+    ends = {"min_reward": min, "max_reward": max, "num_tokens": max}
+    return {
+        name: ends[name](value for value, _ in of)
+        if name in ends
+        else sum(value * weight for value, weight in of) / max(sum(weight for _, weight in of), 1)
+        for name, of in found.items()
+    }
+
+
+class NamedEvaluation:
+    """For TRL's trainers: `eval_hh_accuracy` where several datasets would share `eval_accuracy`, each row, of a token
+    mean each token, counted once.
+
+    TRL averages its metrics over batches, so a last batch of one row would weigh as much as a full one, and rows that
+    fill up the last batches of several processes would count twice. What compares the rows of a batch with one another
+    (DPO's loss `aot`, a mixture of experts' `aux_loss`) is the batches' own still, averaged by their rows.
     """
 
     more_metrics = None  # a function that gives further ones of all datasets, as {name: value}
@@ -18,12 +84,39 @@ class NamedEvaluation:
             raise UserError("--router_aux_loss_coef: the model is no mixture of experts; leave it out")
         super().__init__(model=model, args=args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self._remove_unused_columns(self.eval_dataset[rows] if isinstance(rows, str) else rows, "evaluation")
+        args = self.args
+        return DataLoader(
+            rows,
+            batch_sampler=OwnBatches(len(rows), args.eval_batch_size, args.process_index, args.world_size),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._batches = []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        own = self._batches[: dataloader.batch_sampler.real]
+        metrics = pooled(gather_object([value for batch in own for value in batch]))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
-            rows = len(inputs["input_ids"])
-            for values in self._metrics["eval"].values():
-                values += values[-1:] * (rows - 1)
+        if self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with alone(self.accelerator):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found, weights = self._metrics["eval"], weights_of(inputs)
+        values = {name: values[-1] for name, values in found.items()}
+        values["loss"] = (result[0] if return_outputs else result).item()
+        rows = len(inputs["input_ids"])
+        self._batches.append([(name, value, weights.get(name, rows)) for name, value in values.items()])
+        found.clear()  # TRL would log them under names of its own
         return result
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -39,11 +132,3 @@ class NamedEvaluation:
             hint = "\n  --generate_eval_samples 100 adds the ROUGE of generated answers" if "rouge" in best else ""
             raise UserError(f"--metric_for_best_model {best}: there is {', '.join(known)}{hint}")
         return metrics
-
-    def log(self, logs, start_time=None):
-        loss = next((key for key in logs if key.startswith("eval_") and key.endswith("_loss")), "eval_loss")
-        dataset = loss.removeprefix("eval_").removesuffix("loss")  # "hh_", or "" where there is one nameless set
-        metrics = self._metrics["eval"]
-        for key in list(metrics) if dataset else []:
-            metrics[dataset + key] = metrics.pop(key)
-        super().log(logs, start_time)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
+from rlhf.processes import exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
@@ -73,9 +74,9 @@ def finish(trainer, arguments, data, then: list[str]) -> None:
     """
     if trainer.is_world_process_zero():
         leave_record(trainer, arguments, data, then)
-    state = PartialState()  # a process that ends while others still talk to it may abort, with its own exit code
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    exchange("finished")  # a process that ends while others still talk to it may abort, with its own exit code
+    leave()
+    PartialState().destroy_process_group()
 
 
 def leave_record(trainer, arguments, data, then: list[str]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 
 import torch
 from accelerate.utils import gather_object
@@ -113,7 +114,10 @@ class Resumable:
         """At the start of the loop, which has just set all this to nothing."""
         if self._resumed is None:
             return
-        own = self._own = self._resumed["processes"][self.args.process_index]
+        processes = self._resumed["processes"]
+        own = self._own = dict(processes[self.args.process_index % len(processes)])
+        if len(processes) != self.args.world_size:  # what each has summed up by itself; the log averages it
+            own |= {name: mean(process[name] for process in processes) for name in ("loss", "total_loss")}
         self.model.train(own["training"])
         self._tr_loss += own["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = own["total_loss"], own["last_logged"]

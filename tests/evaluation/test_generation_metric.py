@@ -82,6 +82,21 @@ def test_patience_ends_the_run(base, data, tmp_path, scripted):
 
 
 @pytest.mark.parametrize(
+    ("script", "metric"),
+    [("reward_modeling", "margin"), ("dpo_training", "rewards/margins"), ("ppo_training", "scores")],
+)
+def test_patience_ends_the_run_of_each_stage(script, metric, saved, data, tmp_path):
+    """A metric that is said to be better the smaller it is, and grows; or at a rate of almost 0 stays."""
+    flags = {"model_name_or_path": saved["sft"], "dataset_names": data, "max_steps": 12, "output_dir": tmp_path}
+    flags |= {"learning_rate": 1e-12 if script == "ppo_training" else 1e-2, "eval_strategy": "steps", "eval_steps": 1}
+    flags |= {"metric_for_best_model": f"eval_pairs_{metric}", "greater_is_better": False, "save_strategy": "no"}
+    if script == "ppo_training":
+        flags |= {"reward_model_name_or_path": saved["reward"], "response_length": 8, "eval_steps": 1}
+    run_script(script, early_stopping_patience=2, **flags)
+    assert len([entry for entry in log(tmp_path) if f"eval_pairs_{metric}" in entry]) < 8
+
+
+@pytest.mark.parametrize(
     ("flags", "says"),
     [
         (BEST, "--generate_eval_samples 100"),

@@ -101,7 +101,7 @@ def test_plain_numbers_reach_the_trainers_arguments(script):
         name: {"int": 3, "float": 0.25}[flag["kind"]]
         for name, flag in FLAGS[script].items()
         if flag.get("kind") in ("int", "float") and not flag.get("list") and refused(script, name) is None
-        if name not in flags.NEEDS and name not in ("ddp_timeout", "router_aux_loss_coef", "early_stopping_patience")
+        if name not in flags.NEEDS and name not in ("router_aux_loss_coef", "early_stopping_patience")
         if name not in ("max_steps" if script == "ppo_training" else "", "num_mini_batches")
     }
     words = [word for name, value in plain.items() for word in (f"--{name}", str(value))]
@@ -264,7 +264,6 @@ def test_a_continued_adapter_takes_flags_that_agree_with_it(saved):
     ("words", "says"),
     [
         ("--fp16 true", "--fp16: there is no GPU"),
-        ("--ddp_timeout 30", "--ddp_timeout: transformers"),
         ("--optim_args momentum=0.9", "does not use them"),
         ("--optim sgd --optim_args banana", "--optim sgd --optim_args banana"),
         ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"power":"x"}', "--lr_scheduler_type polynomial"),

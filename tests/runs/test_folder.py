@@ -127,17 +127,6 @@ def test_a_run_is_resumed_with_the_same_inputs_or_refused_by_name(inputs, tmp_pa
     put_back(inputs, saved)
 
 
-def test_other_processes_are_refused(inputs, tmp_path, monkeypatch):
-    from rlhf.runs import folder
-
-    saved, flags = copied(inputs, tmp_path)
-    real = folder.identity_of
-    monkeypatch.setattr(folder, "identity_of", lambda *args: real(*args) | {"number of processes": 2})
-    with pytest.raises(UserError, match="number of processes: 1, and now 2"):
-        run_script("sft_training", output_dir=inputs / "run", **flags)
-    put_back(inputs, saved)
-
-
 def test_logging_saving_evaluating_and_memory_may_change(inputs, tmp_path):
     saved, flags = copied(inputs, tmp_path)
     flags |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

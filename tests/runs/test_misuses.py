@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.user_error import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_processes
 
 SFT, REWARD, DPO, PPO = "sft_training", "reward_modeling", "dpo_training", "ppo_training"
 MERGE, EVALUATE, PREPARE = "merge_peft_adapter", "evaluate_model", "prepare_data"
@@ -429,9 +429,7 @@ def test_a_mistake_and_the_help_come_before_torch(script, place):
         assert re.fullmatch(r"error: .*\n", process.stderr) if code_at_end == "2" else not process.stderr
 
 
-def test_under_several_processes_a_mistake_is_said_once_a_machine(place):
-    command = [sys.executable, str(ROOT / "sft_training.py"), "--sparkle"]
-    for rank, says in (("0", True), ("1", False)):
-        env = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2", "PATH": ""}
-        process = subprocess.run(command, capture_output=True, text=True, cwd=place, env=env)
-        assert process.returncode == 2 and bool(process.stderr) == says, process.stderr
+def test_under_several_processes_a_mistake_is_said_once_a_machine():
+    ended = run_processes("sft_training", [{"sparkle": 1}, {"sparkle": 1}], seconds=100)
+    assert [code for code, _ in ended] == [2, 2]
+    assert ended[0][1].startswith("error: unknown flag sparkle") and not ended[1][1]

@@ -1,0 +1,184 @@
+"""Several processes as one run: they meet before and after training, agree, and a mistake in one ends all.
+
+They meet at the store through which torch's processes find each other, not in a collective operation: one that
+tokenises for an hour is waited for, whatever --ddp_timeout says. That is for training, when all are at the same step.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rlhf.user_error import UserError, mistake
+
+FAILED, LEFT, TIMEOUT = "rlhf/failed/", "rlhf/left/", 1800.0
+PATIENCE = 10  # seconds in which all should have heard of a mistake
+_meetings = 0
+
+
+class Elsewhere(UserError):
+    """Another process's mistake, of which this one has heard."""
+
+    def __init__(self, host: str, text: str):
+        super().__init__(f"on {host}: {text}")
+        self.host = host
+
+
+def launched() -> int:
+    """How many processes torchrun or accelerate has started; mpirun's are counted by accelerate, later."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+
+
+def group():
+    """torch.distributed, where there are several processes and they have joined; else None."""
+    if launched() < 2:
+        return None
+    import torch.distributed as dist
+
+    return dist if dist.is_available() and dist.is_initialized() else None
+
+
+def rank() -> int:
+    return group().get_rank() if group() else 0
+
+
+def store():
+    return group().distributed_c10d._get_default_store()
+
+
+def join(timeout: float = TIMEOUT) -> None:
+    """Take this process's place among those that were launched, before accelerate would; all do, also one that has
+    found a mistake.
+
+    Args:
+        timeout: seconds after which a collective operation that not all take part in is an error.
+    """
+    if launched() < 2 or group():
+        return
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
+    if not on_cpu or not torch.accelerator.is_available():  # accelerate knows how to join on other accelerators
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def wait(key: str) -> str:
+    """What is at a key of the store, as soon as it is there.
+
+    Raises:
+        Elsewhere: if a process says meanwhile that it has failed.
+    """
+    pause = 0.01
+    while not store().check([key]):
+        if failure := failed():
+            raise Elsewhere(**failure)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1)
+    return store().get(key).decode()
+
+
+def failed() -> dict | None:
+    """The host of the process that failed first, and what it said."""
+    return json.loads(store().get(f"{FAILED}first")) if store().check([f"{FAILED}first"]) else None
+
+
+def exchange(value) -> list:
+    """What each process brings to this meeting, JSON-able, by rank. All have to come, and in the same order."""
+    global _meetings
+    if not group():
+        return [value]
+    _meetings += 1
+    store().set(f"rlhf/{_meetings}/{rank()}", json.dumps(value))
+    return [json.loads(wait(f"rlhf/{_meetings}/{other}")) for other in range(group().get_world_size())]
+
+
+def by_first(decide):
+    """What the first process decides, on all."""
+    return exchange(decide() if rank() == 0 else None)[0]
+
+
+@contextmanager
+def first_here_first():
+    """On each machine one process does it before its others, which find then what it has cached."""
+    global _meetings
+    _meetings += 1
+    turn = f"rlhf/{_meetings}/{rank() - local_rank()}"
+    if group() and local_rank() > 0:
+        wait(turn)
+    yield
+    if group() and local_rank() == 0:
+        store().set(turn, "done")
+
+
+def check_common(parts: dict) -> None:
+    """Raises a UserError that names the machine, and the parts in which it differs from the first process."""
+    hashes = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest() for name, part in sorted(parts.items())}
+    first, *others = exchange([platform.node(), hashes])
+    for number, (host, theirs) in enumerate(others, start=1):
+        if differ := [name for name in sorted(first[1] | theirs) if first[1].get(name) != theirs.get(name)]:
+            raise UserError(
+                f"process {number}, on {host}, differs from the first, on {first[0]}, in {', '.join(differ[:5])}\n"
+                "  give all machines the same flags and files"
+            )
+
+
+def announce(text: str) -> None:
+    """Say that this process has failed, to the others."""
+    failure = json.dumps({"host": platform.node(), "text": text})
+    store().set(f"{FAILED}{rank()}", failure)
+    store().compare_set(f"{FAILED}first", "", failure)
+
+
+def leave() -> None:
+    """Stay until the others have left too, for a while: the store may be the first process's."""
+    if not group():
+        return
+    deadline, others = time.time() + PATIENCE, [f"{LEFT}{other}" for other in range(group().get_world_size())]
+    store().set(f"{LEFT}{rank()}", "left")
+    while not store().check(others) and time.time() < deadline:
+        time.sleep(0.05)
+
+
+def tell(error: UserError) -> int:
+    """Say what is wrong, once a machine, and to the other processes; the exit code."""
+    if launched() < 2:
+        return mistake(error)
+    heard = isinstance(error, Elsewhere)
+    if local_rank() == 0 and not (heard and error.host == platform.node()):
+        mistake(error)
+    join()
+    if group() and not heard:
+        announce(str(error))
+        first_here, deadline = f"{FAILED}{rank() - local_rank()}", time.time() + 1
+        while local_rank() > 0 and not store().check([first_here]) and time.time() < deadline:
+            time.sleep(0.05)
+        if not store().check([first_here]) or json.loads(store().get(first_here))["text"] != str(error):
+            mistake(error)  # the first process of this machine has not said it
+    leave()
+    return 2
+
+
+def lost(error: RuntimeError) -> UserError | None:
+    """What to say of an error of torch.distributed: which process failed, or that a connection did."""
+    if not group():
+        return None
+    if not isinstance(error, group().DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+        return None
+    try:
+        if failure := failed():
+            return Elsewhere(**failure)
+    except RuntimeError:  # the store is at the other end of the lost connection
+        pass
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2][:120]
+    return UserError(
+        f"the connection to another process is lost ({reason}): it has ended, or the network has\n"
+        "  what was saved is kept: the same command goes on from there"
+    )

@@ -1,0 +1,98 @@
+"""Two processes give one's numbers, agree, and end together: `pytest tests/test_processes.py`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf.runs.named_evaluation import OwnBatches, pooled
+from tests.conftest import run_processes, run_script
+
+SCRIPTS = {"sft": "sft_training", "reward": "reward_modeling", "dpo": "dpo_training"}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 13, 16])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_each_row_is_evaluated_once_in_as_many_batches_everywhere(rows, size):
+    shares = [OwnBatches(rows, size, process, 3) for process in range(3)]
+    counted = [row for share in shares for batch in list(share)[: share.real] for row in batch]
+    assert sorted(counted) == list(range(rows))
+    assert len({len(share) for share in shares}) == 1
+
+
+def test_metrics_are_pooled_by_their_kind():
+    values = [("loss", 1.0, 3), ("loss", 5.0, 1), ("min_reward", -2.0, 2), ("min_reward", 1.0, 2)]
+    assert pooled(values) == {"loss": 2.0, "min_reward": -2.0}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(("runtime", "per_second", "flos"))} for line in lines]
+
+
+def assert_same(folder, other):
+    ours, theirs = metrics(folder), metrics(other)
+    assert len(ours) == len(theirs)
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_held_out_metrics_do_not_depend_on_the_batch(stage, base, saved, data, tmp_path):
+    """Seven rows of several lengths, two dropped to the last batch: catches means of batches, and extremes of them."""
+    model = base if stage == "sft" else saved["sft"]
+    flags = {"model_name_or_path": model, "dataset_names": data, "validation_split_percentage": 15, "max_steps": 1}
+    for size in (1, 3, 8):
+        run_script(SCRIPTS[stage], output_dir=tmp_path / str(size), **flags, per_device_eval_batch_size=size)
+    assert any("eval_pairs_loss" in line for line in metrics(tmp_path / "1"))
+    assert_same(tmp_path / "3", tmp_path / "1")
+    assert_same(tmp_path / "8", tmp_path / "1")
+
+
+def without_dropout(base, folder):
+    """SFT trains with the model's own, which draws other numbers for each row of a batch."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_two_processes_are_one(stage, base, saved, data, tmp_path):
+    """Losses, held-out metrics of an odd number of rows, statistics and weights."""
+    flags = {
+        "model_name_or_path": without_dropout(base, tmp_path / "base") if stage == "sft" else saved["sft"],
+        "dataset_names": data,
+        "validation_split_percentage": 15,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 5,
+        "use_cpu": True,
+        "optim": "sgd",  # Adam's first steps are the gradients' signs, also of those that are 0 but for rounding
+        "learning_rate": 0.1,
+        "lora_dropout": 0,
+    }
+    two = {**flags, "per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
+    ended = run_processes(SCRIPTS[stage], [two, two])
+    assert [code for code, _ in ended] == [0, 0], ended
+    run_script(SCRIPTS[stage], **{**flags, "output_dir": tmp_path / "one", "per_device_train_batch_size": 4})
+    assert_same(tmp_path / "two", tmp_path / "one")
+    ours, theirs = (load_file(tmp_path / count / "adapter_model.safetensors") for count in ("two", "one"))
+    for name, weight in theirs.items():
+        assert (ours[name] - weight).abs().max() < 1e-5, name
+    if stage == "reward":
+        ours, theirs = (json.loads((tmp_path / n / "score_statistics.json").read_text()) for n in ("two", "one"))
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_mistake_of_one_process_ends_all_in_one_line(base, data, tmp_path):
+    good = {"model_name_or_path": base, "dataset_names": data, "output_dir": tmp_path / "out", "use_cpu": True}
+    for bad in ({"learning_rate": -1}, {"dataset_names": tmp_path / "nowhere.jsonl"}, {"learning_rate": 1e-3}):
+        for flags in ([good, {**good, **bad}], [{**good, **bad}, good]):
+            ended = run_processes("sft_training", flags, seconds=60)
+            assert [code for code, _ in ended] == [2, 2], ended
+            said = "".join(text for _, text in ended)
+            assert said.count("error:") == 1 and "Traceback" not in said, said
+    assert not (tmp_path / "out").exists()
