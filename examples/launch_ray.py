@@ -51,8 +51,8 @@ def work(order: dict) -> int:
         done = subprocess.run(order["command"], cwd=order["folder"], env=environment,
                               preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))  # fmt: skip
         code = done.returncode
-    except FileNotFoundError:
-        print(f"error: {socket.gethostname()} has no folder {order['folder']}: give all machines a shared disk")
+    except FileNotFoundError as error:
+        sys.stderr.write(f"error: {socket.gethostname()} has no {error.filename}: the machines need a shared disk\n")
         code = 2
     codes = [None] * context.get_world_size()
     dist.all_gather_object(codes, code)
@@ -63,6 +63,7 @@ def work(order: dict) -> int:
 
 def main(args, command: list[str]) -> int:
     """Start the command on every worker; the exit code for the shell."""
+    each = {"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})}
     os.environ.setdefault("RAY_worker_niceness", "0")  # of workers of a Ray that is started here; else 15
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     try:
@@ -75,17 +76,14 @@ def main(args, command: list[str]) -> int:
         ray.init(address="auto")
     except ConnectionError:
         ray.init()
-        if (have := ray.cluster_resources().get("CPU", 0)) < (want := args.num_workers * args.cpus_per_worker):
-            raise UserError(f"--num_workers, --cpus_per_worker: {want} CPUs asked for, {have:g} are here") from None
+        for kind, count in each.items():  # Ray would wait for more
+            if (have := ray.cluster_resources().get(kind, 0)) < (want := args.num_workers * count):
+                raise UserError(f"{want} {kind}s are asked for, {have:g} are here: see --help") from None
     trainer = TorchTrainer(
         work,
         train_loop_config={"command": [sys.executable, *command], "folder": os.getcwd()},
         torch_config=TorchConfig(backend="gloo"),  # the script has the GPU
-        scaling_config=ScalingConfig(
-            num_workers=args.num_workers,
-            use_gpu=args.use_gpu,
-            resources_per_worker={"CPU": args.cpus_per_worker, **({"GPU": 1} if args.use_gpu else {})},
-        ),
+        scaling_config=ScalingConfig(args.num_workers, use_gpu=args.use_gpu, resources_per_worker=each),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=args.max_failures)),
     )
     return trainer.fit().return_value

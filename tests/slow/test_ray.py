@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from tests.conftest import QUICK, ROOT
 
@@ -29,11 +30,11 @@ def command(script, base, data, folder):
     return [str(script), *words.split()]
 
 
-def launch(folder, words, workers=2):
-    """The launcher under way, in this folder; what it prints is in out.txt."""
-    launcher = [sys.executable, ROOT / "examples" / "launch_ray.py", "--num_workers", str(workers)]
-    with open(folder / "out.txt", "w") as out:
-        return subprocess.Popen([*launcher, *words], cwd=folder, env=ENVIRONMENT, stdout=out, stderr=out)
+def launch(folder, words, out=None):
+    """The launcher under way, in this folder, of two workers; what it prints is in out.txt."""
+    launcher = [sys.executable, ROOT / "examples" / "launch_ray.py"]
+    with open(out or folder / "out.txt", "w") as file:
+        return subprocess.Popen([*launcher, *words], cwd=folder, env=ENVIRONMENT, stdout=file, stderr=file)
 
 
 def scripts(launcher) -> dict:
@@ -86,7 +87,7 @@ def test_a_script_runs_once_a_worker_in_the_users_folder_with_its_rank(ends, cod
 
 def test_what_crashes_is_tried_as_often_as_was_said(tmp_path):
     (tmp_path / "script.py").write_text(RECORD + "\nsys.exit(1)")
-    assert launch(tmp_path, ["--max_failures", "1", "script.py"], workers=1).wait(timeout=200) == 1
+    assert launch(tmp_path, ["--num_workers", "1", "--max_failures", "1", "script.py"]).wait(timeout=200) == 1
     assert len((tmp_path / "attempts.txt").read_text().splitlines()) == 2
 
 
@@ -97,7 +98,25 @@ def test_a_mistake_ends_once_with_one_line(base, tmp_path):
     assert printed.count("error:") == 1 and "nosuch.jsonl" in printed and "Traceback" not in printed
 
 
-def test_more_than_the_machine_has_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "flags, said", [("--num_workers 1000", "1000 CPUs are"), ("--num_workers 1 --use_gpu", "1 GPUs are asked for, 0")]
+)
+def test_more_than_the_machine_has_is_refused(flags, said, tmp_path):
+    if "gpu" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
     (tmp_path / "script.py").write_text(RECORD)
-    assert launch(tmp_path, ["script.py"], workers=1000).wait(timeout=200) == 2
-    assert "error: --num_workers, --cpus_per_worker: 1000 CPUs asked for" in (tmp_path / "out.txt").read_text()
+    assert launch(tmp_path, [*flags.split(), "script.py"]).wait(timeout=200) == 2
+    assert said in (tmp_path / "out.txt").read_text()
+
+
+def test_a_machine_without_the_users_folder_ends_the_run(tmp_path):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "script.py").write_text(RECORD)
+    launcher = launch(folder, ["script.py"], out=tmp_path / "out.txt")
+    while "Started a local Ray" not in (tmp_path / "out.txt").read_text():
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    folder.rename(tmp_path / "gone")
+    assert launcher.wait(timeout=200) == 2
+    assert f"has no {folder}: the machines need a shared disk" in (tmp_path / "out.txt").read_text()
