@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.models.templates import PLAIN_TEMPLATE
 from tests.conftest import QUICK, ROOT
 
-ADAPTER, TIMEOUT = "adapter_model.safetensors", 20
+ADAPTER = "adapter_model.safetensors"
+TIMEOUT, LIMIT = 20, 300  # seconds: --ddp_timeout; how long a test waits
 STEPS = "--max_steps 40 --save_steps 5 --eval_strategy no --learning_rate 1e-2 --per_device_train_batch_size 2"
 HOSTS = "127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n"
 SETUP = """
@@ -95,7 +97,7 @@ def command(base, data):
 def expected(machines, base, data, tmp_path_factory):
     """The weights of a run whose link holds, started by torchrun."""
     folder = tmp_path_factory.mktemp("whole")
-    found = machines.ends(machines.start(folder, command(base, data), launcher=TORCHRUN.split()), folder, 300)
+    found = machines.ends(machines.start(folder, command(base, data), launcher=TORCHRUN.split()), folder, LIMIT)
     assert [code for code, _ in found] == [0, 0], found
     return (folder / "sft" / ADAPTER).read_bytes()
 
@@ -108,13 +110,13 @@ def test_a_cut_link_ends_both_within_the_timeout_and_the_run_goes_on(machines, b
     machines.link("down")
     cut = time.monotonic()
     try:
-        found = machines.ends(running, tmp_path, 2 * TIMEOUT)
+        found = machines.ends(running, tmp_path, 3 * TIMEOUT)  # some more, where others share the processors
     finally:
         machines.link("up")
     print(f"both ended {time.monotonic() - cut:.0f} s after the cut, with --ddp_timeout {TIMEOUT}")
     for code, printed in found:
         assert code != 0 and printed.count("error: ") == 1 and "Traceback" not in printed, printed
-    found = machines.ends(machines.start(tmp_path, command(base, data)), tmp_path, 300)
+    found = machines.ends(machines.start(tmp_path, command(base, data)), tmp_path, LIMIT)
     assert [code for code, _ in found] == [0, 0] and "continuing from checkpoint-" in found[0][1], found
     assert (tmp_path / "sft" / ADAPTER).read_bytes() == expected
 
@@ -145,11 +147,10 @@ def other_base(folder, base, data):
 
 def other_template(folder, base, data):
     shutil.copytree(base, folder, dirs_exist_ok=True)
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}")
+    (folder / "chat_template.jinja").write_text(PLAIN_TEMPLATE.replace("Human", "Person"))
     return [(folder, base)]
 
 
-@pytest.mark.parametrize("launcher", ["", TORCHRUN], ids=["srun", "torchrun"])
 @pytest.mark.parametrize("what, named", [
     (no_rows, "pairs.jsonl"),
     (other_rows, "second"),
@@ -162,34 +163,36 @@ def other_template(folder, base, data):
     ("--max_steps 41", "second"),
     ("--eval_strategy steps", "second"),
 ])  # fmt: skip
-def test_a_mistake_on_the_second_machine_alone_ends_both(what, named, launcher, machines, base, data, tmp_path):
-    """Exit code 2 and one line; of torchrun, which has an exit code of its own, that no run goes on."""
+def test_a_mistake_on_the_second_machine_alone_ends_both(what, named, machines, base, data, tmp_path):
     (tmp_path / "own").mkdir()
     own, more = ([], what.split()) if isinstance(what, str) else (what(tmp_path / "own", base, data), [])
-    running = machines.start(tmp_path, command(base, data), own, more, launcher.split())
-    found = machines.ends(running, tmp_path, 120)
-    assert not (tmp_path / "sft" / "run.json").exists()
-    if launcher:
-        assert all(code for code, _ in found)
-        return
+    found = machines.ends(machines.start(tmp_path, command(base, data), own, more), tmp_path, LIMIT)
     assert [code for code, _ in found] == [2, 2], found
-    printed = found[0][1] + found[1][1]
-    assert "Traceback" not in printed and named in found[1][1]
-    assert [text.count("error: ") for _, text in found] in ([0, 1], [1, 1]), printed
+    for _, printed in found:  # once on each machine
+        assert printed.count("error: ") == 1 and "Traceback" not in printed and named in printed, printed
+    assert not (tmp_path / "sft" / "run.json").exists()
 
 
-def test_machines_that_hold_different_checkpoints_do_not_go_on(machines, base, data, tmp_path):
-    """Disks of their own: the second one's newest checkpoint is lost."""
+@pytest.mark.parametrize("what", [no_rows, other_base])
+def test_torchrun_ends_so_too_though_with_its_own_exit_code(what, machines, base, data, tmp_path):
+    (tmp_path / "own").mkdir()
+    own = what(tmp_path / "own", base, data)
+    running = machines.start(tmp_path, command(base, data), own, launcher=TORCHRUN.split())
+    found = machines.ends(running, tmp_path, LIMIT)
+    assert [code for code, _ in found] == [1, 1] and "exitcode  : 2 " in found[0][1] + found[1][1], found
+    assert sum(printed.count("error: ") for _, printed in found) in (1, 2), found
+
+
+@pytest.mark.parametrize("lost", ["its newest checkpoint", "all"])
+def test_machines_whose_output_folders_differ_do_not_go_on(lost, machines, base, data, tmp_path):
+    """Disks of their own, where the second has an older state of the run, or nothing."""
     flags = [*command(base, data), "--max_steps", "10"]
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "sft").mkdir()
-    own = [(tmp_path / "b", tmp_path / "sft")]
-    found = machines.ends(machines.start(tmp_path, flags, own), tmp_path, 120)
-    print(found)
-    for path in (tmp_path / "sft", tmp_path / "b"):
-        (path / "run.json").unlink(missing_ok=True)
-        shutil.rmtree(path / "checkpoint-10", ignore_errors=True)
-    shutil.rmtree(tmp_path / "b" / "checkpoint-5", ignore_errors=True)
-    found = machines.ends(machines.start(tmp_path, flags, own), tmp_path, 120)
-    assert [code for code, _ in found] == [2, 2] and "second" in found[1][1], found
+    found = machines.ends(machines.start(tmp_path, flags), tmp_path, LIMIT)
+    assert [code for code, _ in found] == [0, 0], found
+    (tmp_path / "sft" / "run.json").unlink()  # as if killed before
+    own = shutil.copytree(tmp_path / "sft", tmp_path / "own")
+    for path in own.glob("checkpoint-10" if lost != "all" else "*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = machines.ends(machines.start(tmp_path, flags, [(own, tmp_path / "sft")]), tmp_path, LIMIT)
+    assert [code for code, _ in found] == [2, 2] and "second" in found[0][1] + found[1][1], found
+    assert not (tmp_path / "sft" / "run.json").exists()
