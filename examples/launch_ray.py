@@ -83,7 +83,7 @@ def main(args, command: list[str]) -> int:
         work,
         train_loop_config={"command": [sys.executable, *command], "folder": os.getcwd()},
         torch_config=TorchConfig(backend="gloo"),  # the script has the GPU
-        scaling_config=ScalingConfig(args.num_workers, use_gpu=args.use_gpu, resources_per_worker=each),
+        scaling_config=ScalingConfig(num_workers=args.num_workers, use_gpu=args.use_gpu, resources_per_worker=each),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=args.max_failures)),
     )
     return trainer.fit().return_value

@@ -154,7 +154,7 @@ def other_template(folder, base, data):
 @pytest.mark.parametrize("what, named", [
     (no_rows, "pairs.jsonl"),
     (other_rows, "second"),
-    (no_base, ""),
+    (no_base, "base"),
     (other_base, "second"),
     (other_template, "second"),
     ("--learning_rate -1", "learning_rate"),
