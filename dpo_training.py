@@ -61,7 +61,7 @@ def main(script_args, training_args, model_args):
     )
     train_in_float32(trainer.model)
     watch(trainer, script_args.early_stopping_patience)
-    say(plan(trainer, data))
+    say(plan(trainer, data, script_args.dry_run))
     if script_args.dry_run:
         return
     begin(trainer, arguments, checkpoint)

@@ -79,7 +79,7 @@ def main(script_args, training_args, model_args):
         samples, length = script_args.generate_eval_samples, script_args.generate_eval_length
         trainer.more_metrics = GeneratedRouge(trainer, samples, length)
     watch(trainer, script_args.early_stopping_patience)
-    say(plan(trainer, data))
+    say(plan(trainer, data, script_args.dry_run))
     if script_args.dry_run:
         return
     begin(trainer, arguments, checkpoint)

@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import platform
+import signal
+import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -78,16 +81,21 @@ def wait(key: str) -> str:
     """
     pause = 0.01
     while not store().check([key]):
-        if failure := failed():
-            raise Elsewhere(**failure)
+        if problem := elsewhere():
+            raise problem
         time.sleep(pause)
         pause = min(pause * 1.5, 1)
     return store().get(key).decode()
 
 
-def failed() -> dict | None:
-    """The host of the process that failed first, and what it said."""
-    return json.loads(store().get(f"{FAILED}first")) if store().check([f"{FAILED}first"]) else None
+def elsewhere() -> Elsewhere | None:
+    """What the process said that failed first."""
+    try:
+        if group() and store().check([f"{FAILED}first"]):
+            return Elsewhere(**json.loads(store().get(f"{FAILED}first")))
+    except RuntimeError:  # the store is at the other end of a lost connection
+        pass
+    return None
 
 
 def exchange(value) -> list:
@@ -151,6 +159,8 @@ def tell(error: UserError) -> int:
     """Say what is wrong, once a machine, and to the other processes; the exit code."""
     if launched() < 2:
         return mistake(error)
+    for name in (signal.SIGTERM, signal.SIGINT):  # from here on they end it at once
+        signal.signal(name, signal.SIG_DFL)
     heard = isinstance(error, Elsewhere)
     if local_rank() == 0 and not (heard and error.host == platform.node()):
         mistake(error)
@@ -166,19 +176,18 @@ def tell(error: UserError) -> int:
     return 2
 
 
-def lost(error: RuntimeError) -> UserError | None:
-    """What to say of an error of torch.distributed: which process failed, or that a connection did."""
-    if not group():
-        return None
-    if not isinstance(error, group().DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
-        return None
-    try:
-        if failure := failed():
-            return Elsewhere(**failure)
-    except RuntimeError:  # the store is at the other end of the lost connection
-        pass
-    reason = str(error).strip().splitlines()[0].rpartition("] ")[2][:120]
-    return UserError(
-        f"the connection to another process is lost ({reason}): it has ended, or the network has\n"
-        "  what was saved is kept: the same command goes on from there"
-    )
+def end_if_lost(error: RuntimeError) -> None:
+    """End this process, with exit code 1, where an error says that another is gone, or the network to it."""
+    if not group() or not (isinstance(error, group().DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+        return
+    found = []  # in time: the store may be at the other end of what is lost
+    asking = threading.Thread(target=lambda: found.append(elsewhere()), daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    if found and found[0]:
+        sys.exit(tell(found[0]))
+    reason = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0][:120]
+    what = f"process {rank()}: another process, or the network to it, is gone: {reason}"
+    mistake(UserError(f"{what}\n  what was saved is kept: the same command goes on from there"))
+    sys.stdout.flush()
+    os._exit(1)  # what the libraries would do at an orderly end may wait for the others

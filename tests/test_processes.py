@@ -60,20 +60,24 @@ def without_dropout(base, folder):
     return folder
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_two_processes_are_one(stage, base, saved, data, tmp_path):
-    """Losses, held-out metrics of an odd number of rows, statistics and weights."""
+@pytest.mark.parametrize(("stage", "rows"), [("sft", 9), ("reward", 11), ("dpo", 9)])
+def test_two_processes_are_one(stage, rows, base, saved, data, tmp_path):
+    """Losses, held-out metrics, statistics and weights over more than one epoch, in whose last batch of four rows the
+    two processes have 2 and 1, or 1 and none.
+    """
+    lines = Path(data).read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:rows]))
+    (tmp_path / "held.jsonl").write_text("".join(lines[-7:]))
     flags = {
         "model_name_or_path": without_dropout(base, tmp_path / "base") if stage == "sft" else saved["sft"],
-        "dataset_names": data,
-        "validation_split_percentage": 15,
+        "dataset_names": tmp_path / "train.jsonl",
+        "eval_dataset_names": tmp_path / "held.jsonl",
         "per_device_eval_batch_size": 3,
-        "max_steps": 5,
+        "max_steps": 7,
         "use_cpu": True,
         "optim": "sgd",  # Adam's first steps are the gradients' signs, also of those that are 0 but for rounding
         "learning_rate": 0.1,
-        "lora_dropout": 0,
-    }
+    } | ({"lora_dropout": 0} if stage == "sft" else {})
     two = {**flags, "per_device_train_batch_size": 2, "output_dir": tmp_path / "two"}
     ended = run_processes(SCRIPTS[stage], [two, two])
     assert [code for code, _ in ended] == [0, 0], ended

@@ -6,6 +6,7 @@ mathematics are in algorithm.py. The trainer around them is a `transformers.Trai
 callbacks, trackers and distributed training are its own.
 """
 
+import copy
 from collections import defaultdict
 from pathlib import Path
 
@@ -164,6 +165,20 @@ class PPOTrainer(Trainer):
         micro = {k: v[chosen] if torch.is_tensor(v) else [v[i] for i in chosen] for k, v in self.rollout.items()}
         policy_trains = update >= self.ppo.value_warmup_updates
         return {**micro, "tokens": tokens, "on_policy": epoch == mini_batch == 0, "policy_trains": policy_trains}
+
+    def rehearse(self, rows: list[dict]):
+        """The loss of a micro-batch of rows, after the rollout of its batch with answers of full length: for the
+        memory that they take. The caller puts the trainer back as it was. A function that judges is not called.
+        """
+        self.experience = copy.copy(self.experience)
+        self.experience.stop_ids = {-1}
+        if getattr(self.experience.reward, "model", None) is None:
+            self.experience.scores = lambda rows, sampled: torch.zeros(len(rows), device=self.args.device)
+        self.metrics = defaultdict(list)
+        batch = self.roll_out(rows * (self.ppo.local_batch_size // self.ppo.per_device_train_batch_size), update=0)
+        micro = {name: value[: min(len(rows), self.ppo.micro_batch_size)] for name, value in batch.items()}
+        micro |= {"tokens": micro["mask"].sum(), "on_policy": True, "policy_trains": True}
+        return self.compute_loss(self.model, micro)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ppo = self.ppo

@@ -267,11 +267,11 @@ def run(main, make_parser):
             raise
         sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
     except RuntimeError as error:
-        if (problem := processes.lost(error)) is None:
-            raise
-        code = processes.tell(problem)
-        sys.exit(code if isinstance(problem, processes.Elsewhere) else 1)
+        processes.end_if_lost(error)
+        raise
     except Stopped as stopped:
+        if problem := processes.elsewhere():  # for which the launcher ends this process too
+            sys.exit(processes.tell(problem))
         if first:
             print(f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", file=sys.stderr)
         sys.exit(stopped.code)

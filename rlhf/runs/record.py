@@ -14,10 +14,11 @@ from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
+from rlhf.runs.memory import fitted
 
 
-def plan(trainer, data) -> str:
-    """What a run is about to do, in two lines."""
+def plan(trainer, data, dry_run: bool = False) -> str:
+    """What a run is about to do, in two lines; and, found by a step of it, the memory that it needs."""
     args, counts = trainer.args, data["tokenized"]
     parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
@@ -30,7 +31,7 @@ def plan(trainer, data) -> str:
     return (
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
         f"plan: {work}, {trained:,} of {total:,} parameters trained,"
-        f" lr {args.learning_rate:g}"
+        f" lr {args.learning_rate:g}" + (f"\n{fitted(trainer)}" if dry_run else "")
     )
 
 

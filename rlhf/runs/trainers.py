@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from rlhf.runs.last_batch import EachRowOnce
 from rlhf.runs.named_evaluation import NamedEvaluation
 from rlhf.runs.resuming import Resumable
 from rlhf.runs.soundness import Sound
@@ -18,9 +19,10 @@ def checked(trainer_class: type) -> type:
     return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, trainer_class), {})
 
 
-class CheckedSFTTrainer(NamedEvaluation, checked(SFTTrainer)):
+class CheckedSFTTrainer(EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        assert (inputs["labels"] != -100).any(), "a batch without a single label: nothing would be learned from it"
+        labels = "real_rows" in inputs or (inputs["labels"] != -100).any()
+        assert labels, "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -38,7 +40,7 @@ class PairLengths:
         return LengthGroupedSampler(size, lengths=lengths)
 
 
-class CheckedRewardTrainer(PairLengths, NamedEvaluation, checked(RewardTrainer)):
+class CheckedRewardTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
     pass
 
 
@@ -51,7 +53,7 @@ def score_answers_only(collate, rows: list[dict]) -> dict:
     return batch
 
 
-class CheckedDPOTrainer(PairLengths, NamedEvaluation, checked(DPOTrainer)):
+class CheckedDPOTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):
