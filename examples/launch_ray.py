@@ -82,7 +82,8 @@ def main(args, command: list[str]) -> int:
     trainer = TorchTrainer(
         work,
         train_loop_config={"command": [sys.executable, *command], "folder": os.getcwd()},
-        torch_config=TorchConfig(backend="gloo"),  # the script has the GPU
+        # the script has the GPU; and where one crashes, the others end with it, or are ended after five minutes
+        torch_config=TorchConfig(backend="gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=args.num_workers, use_gpu=args.use_gpu, resources_per_worker=each),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=args.max_failures)),
     )

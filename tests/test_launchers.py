@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SRUN = """
 import os, signal, subprocess, sys
 ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(int(os.environ["SLURM_NTASKS"]))]
-tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | rank) for rank in ranks]
+tasks = [subprocess.Popen(sys.argv[sys.argv.index("bash"):], env=os.environ | rank) for rank in ranks]
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
 """

@@ -114,7 +114,7 @@ def test_a_machine_without_the_users_folder_ends_the_run(tmp_path):
     folder.mkdir()
     (folder / "script.py").write_text(RECORD)
     launcher = launch(folder, ["script.py"], out=tmp_path / "out.txt")
-    while "Started a local Ray" not in (tmp_path / "out.txt").read_text():
+    while "Requesting resources" not in (tmp_path / "out.txt").read_text():
         assert launcher.poll() is None
         time.sleep(0.02)
     folder.rename(tmp_path / "gone")
