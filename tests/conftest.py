@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -85,9 +86,14 @@ def run_script(script, **flags):
     return flags["output_dir"]
 
 
-def run_processes(script, flags_of: list[dict], seconds=180, **environment) -> list[tuple[int, str]]:
+def run_processes(script, flags_of: list[dict], seconds=180, folders=(), kill_after=None) -> list[tuple[int, str]]:
     """A script on as many processes as there are dicts of flags, as torchrun starts them: what each ends with and
-    prints."""
+    prints.
+
+    Args:
+        folders: one for each to run in.
+        kill_after: a file; when it is there, the last process is killed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,14 +102,8 @@ def run_processes(script, flags_of: list[dict], seconds=180, **environment) -> l
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / f"{script}.py"), *QUICK.split(), *(f"--{k}={v}" for k, v in flags.items())],
-            env={
-                **os.environ,
-                **shared,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                **environment,
-            },
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folders[rank] if folders else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -111,6 +111,10 @@ def run_processes(script, flags_of: list[dict], seconds=180, **environment) -> l
         for rank, flags in enumerate(flags_of)
     ]
     try:
+        while kill_after and not kill_after.exists() and all(process.poll() is None for process in processes):
+            time.sleep(0.02)
+        if kill_after:
+            processes[-1].kill()
         printed = [process.communicate(timeout=seconds)[0] for process in processes]
     finally:
         for process in processes:
