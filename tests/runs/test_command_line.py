@@ -134,14 +134,14 @@ def test_tools_print_their_help_without_loading_a_library(script):
 
 def written_commands():
     """Each command of ours in README, docstrings and YAML headers, with the place where it stands."""
-    files = [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *ROOT.glob("examples/*.py")]
-    for path in files:
+    examples = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.sbatch")]
+    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *examples]:
         text = path.read_text().replace("\\\n", " ")
         if path.suffix == ".py":
             text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
         for line in text.splitlines():
             words = line.strip().lstrip("#$ ").split("  #")[0]
-            if re.match(r"(accelerate launch|torchrun|python) .*\.py", words):
+            if re.match(r"(accelerate launch|torchrun|python|sbatch) .*\.py", words):
                 yield f"{path.name}: {words}", words
 
 
@@ -158,9 +158,11 @@ def test_every_written_command_parses(where, monkeypatch, tmp_path):
     (tmp_path / "saved" / "judging" / "votes.jsonl").write_text(json.dumps(vote))
     monkeypatch.chdir(tmp_path)
     words = shlex.split(COMMANDS[where])
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    *launcher, at = (i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = Path(words[at]), words[at + 1 :]
     assert script.exists(), f"{script} does not exist"
+    for i in launcher:
+        importlib.import_module(f"examples.{Path(words[i]).stem}").make_parser().parse_args(words[i + 1 : at])
     for word in words[:at] if "--config_file" in words[:at] else []:
         assert not word.endswith(".yaml") or Path(word).exists(), word
     if script.stem in STAGES:
