@@ -12,22 +12,27 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from rlhf.user_error import UserError, mistake
 
-FAILED, LEFT, TIMEOUT = "rlhf/failed/", "rlhf/left/", 1800.0
+FAILED, LEFT, ALIVE, TIMEOUT = "rlhf/failed/", "rlhf/left/", "rlhf/alive/", 1800.0
 PATIENCE = 10  # seconds in which all should have heard of a mistake
-_meetings = 0
+BEAT = 2  # seconds between two signs of life
+_meetings, _limit, _over, _heart = 0, TIMEOUT, threading.Event(), None
 
 
 class Elsewhere(UserError):
     """Another process's mistake, of which this one has heard."""
 
-    def __init__(self, host: str, text: str):
+    def __init__(self, host: str, text: str, code: int):
         super().__init__(f"on {host}: {text}")
-        self.host = host
+        self.host, self.code = host, code
+
+
+class Lost(RuntimeError):
+    """No sign of life from another process, or no answer from the store that all meet at."""
 
 
 def launched() -> int:
@@ -63,8 +68,10 @@ def join(timeout: float = TIMEOUT) -> None:
     Args:
         timeout: seconds after which a collective operation that not all take part in is an error.
     """
+    global _limit
     if launched() < 2 or group():
         return
+    _limit = timeout
     import torch
 
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.cuda.is_available()
@@ -73,19 +80,53 @@ def join(timeout: float = TIMEOUT) -> None:
         torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
-def wait(key: str) -> str:
-    """What is at a key of the store, as soon as it is there.
+def ask(question):
+    """What the store answers, in time: it is at the other end of a connection that may be dead without saying so.
+
+    Raises:
+        Lost: without an answer.
+    """
+    found = []
+
+    def answer():
+        with suppress(RuntimeError):
+            found.append(question())
+
+    asking = threading.Thread(target=answer, daemon=True)
+    asking.start()
+    asking.join(_limit)
+    if not found:
+        raise Lost("no answer from the first process's machine")
+    return found[0]
+
+
+def beat() -> None:
+    """Give signs of life until this process leaves, however long it works without meeting the others."""
+    with suppress(RuntimeError):
+        while not _over.wait(BEAT):
+            store().add(f"{ALIVE}{rank()}", 1)
+
+
+def wait(key: str, other: int) -> str:
+    """What another process leaves at a key of the store, as soon as it is there.
 
     Raises:
         Elsewhere: if a process says meanwhile that it has failed.
+        Lost: if the other gives no sign of life for the seconds of --ddp_timeout.
     """
-    pause = 0.01
-    while not store().check([key]):
-        if problem := elsewhere():
+    pause, seen, since = 0.01, 0, time.time()
+    while True:
+        there, problem, beats = ask(lambda: (store().check([key]), elsewhere(), store().add(f"{ALIVE}{other}", 0)))
+        if there:
+            return ask(lambda: store().get(key).decode())
+        if problem:
             raise problem
+        if beats != seen:
+            seen, since = beats, time.time()
+        if time.time() - since > _limit:
+            raise Lost(f"no sign of life from process {other}")
         time.sleep(pause)
         pause = min(pause * 1.5, 1)
-    return store().get(key).decode()
 
 
 def elsewhere() -> Elsewhere | None:
@@ -100,12 +141,15 @@ def elsewhere() -> Elsewhere | None:
 
 def exchange(value) -> list:
     """What each process brings to this meeting, JSON-able, by rank. All have to come, and in the same order."""
-    global _meetings
+    global _meetings, _heart
     if not group():
         return [value]
+    if _heart is None:
+        _heart = threading.Thread(target=beat, daemon=True)
+        _heart.start()
     _meetings += 1
     store().set(f"rlhf/{_meetings}/{rank()}", json.dumps(value))
-    return [json.loads(wait(f"rlhf/{_meetings}/{other}")) for other in range(group().get_world_size())]
+    return [json.loads(wait(f"rlhf/{_meetings}/{other}", other)) for other in range(group().get_world_size())]
 
 
 def by_first(decide):
@@ -120,7 +164,7 @@ def first_here_first():
     _meetings += 1
     turn = f"rlhf/{_meetings}/{rank() - local_rank()}"
     if group() and local_rank() > 0:
-        wait(turn)
+        wait(turn, rank() - local_rank())
     yield
     if group() and local_rank() == 0:
         store().set(turn, "done")
@@ -138,9 +182,11 @@ def check_common(parts: dict) -> None:
             )
 
 
-def announce(text: str) -> None:
-    """Say that this process has failed, to the others."""
-    failure = json.dumps({"host": platform.node(), "text": text})
+def announce(text: str, code: int = 2) -> None:
+    """Say that this process has failed, to the others, which end with the same code."""
+    if not group():
+        return
+    failure = json.dumps({"host": platform.node(), "text": text, "code": code})
     store().set(f"{FAILED}{rank()}", failure)
     store().compare_set(f"{FAILED}first", "", failure)
 
@@ -149,10 +195,12 @@ def leave() -> None:
     """Stay until the others have left too, for a while: the store may be the first process's."""
     if not group():
         return
+    _over.set()
     deadline, others = time.time() + PATIENCE, [f"{LEFT}{other}" for other in range(group().get_world_size())]
-    store().set(f"{LEFT}{rank()}", "left")
-    while not store().check(others) and time.time() < deadline:
-        time.sleep(0.05)
+    with suppress(RuntimeError):  # where the store has left, all have
+        store().set(f"{LEFT}{rank()}", "left")
+        while not store().check(others) and time.time() < deadline:
+            time.sleep(0.05)
 
 
 def tell(error: UserError) -> int:
@@ -173,19 +221,19 @@ def tell(error: UserError) -> int:
         if not store().check([first_here]) or json.loads(store().get(first_here))["text"] != str(error):
             mistake(error)  # the first process of this machine has not said it
     leave()
-    return 2
+    return error.code if heard else 2
 
 
-def end_if_lost(error: RuntimeError) -> None:
+def end_if_lost(error: Exception) -> None:
     """End this process, with exit code 1, where an error says that another is gone, or the network to it."""
-    if not group() or not (isinstance(error, group().DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+    global _limit
+    lost = isinstance(error, Lost) or (group() and isinstance(error, group().DistError))
+    if not group() or not (lost or "gloo" in str(error) or "NCCL" in str(error)):
         return
-    found = []  # in time: the store may be at the other end of what is lost
-    asking = threading.Thread(target=lambda: found.append(elsewhere()), daemon=True)
-    asking.start()
-    asking.join(PATIENCE)
-    if found and found[0]:
-        sys.exit(tell(found[0]))
+    _limit = PATIENCE
+    with suppress(Lost):
+        if problem := ask(elsewhere):
+            sys.exit(tell(problem))
     reason = str(error).strip().splitlines()[0].rpartition("] ")[2].partition(". ")[0][:120]
     what = f"process {rank()}: another process, or the network to it, is gone: {reason}"
     mistake(UserError(f"{what}\n  what was saved is kept: the same command goes on from there"))

@@ -101,8 +101,8 @@ def run_processes(script, flags_of: list[dict], seconds=180, folders=(), kill_af
     shared["OMP_NUM_THREADS"] = "1"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / f"{script}.py"), *QUICK.split(), *(f"--{k}={v}" for k, v in flags.items())],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, f"{ROOT / script}.py", *QUICK.split(), *(f"--{k}={v}" for k, v in flags.items())],
+            env={**os.environ, **shared, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=folders[rank] if folders else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -91,6 +91,41 @@ def test_two_processes_are_one(stage, rows, base, saved, data, tmp_path):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+DRIVER = """
+import os, sys
+from rlhf import processes
+from rlhf.runs.command_line import run
+class Parser:
+    machine = ""
+    def parse_args_and_config(self):
+        processes.join(4)
+        processes.exchange("here")
+        return ()
+def main():
+    if processes.rank() == 1:
+        {what}
+    processes.exchange("there")
+    print("went on")
+run(main, Parser)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "codes", "says"),
+    [
+        ("os._exit(9)", [1, 9], "process 0: another process, or the network to it, is gone: no sign of life from"),
+        ("1 / 0", [1, 1], "ZeroDivisionError: division by zero"),
+        ("sys.exit(0)", [2, 2], "something in the run called sys.exit(0) before its end"),
+        ("import time; time.sleep(6)", [0, 0], "went on"),  # longer than the timeout: it works, and is waited for
+    ],
+)
+def test_what_becomes_of_the_others(what, codes, says, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER.format(what=what))
+    ended = run_processes(tmp_path / "driver", [{}, {}], seconds=60)
+    assert [code for code, _ in ended] == codes, ended
+    assert says in "".join(text for _, text in ended) and "Traceback" not in ended[0][1], ended
+
+
 def test_a_mistake_of_one_process_ends_all_in_one_line(base, data, tmp_path):
     good = {"model_name_or_path": base, "dataset_names": data, "output_dir": tmp_path / "out", "use_cpu": True}
     for bad in ({"learning_rate": -1}, {"dataset_names": tmp_path / "nowhere.jsonl"}, {"learning_rate": 1e-3}):

@@ -266,12 +266,13 @@ def run(main, make_parser):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
-    except RuntimeError as error:
-        processes.end_if_lost(error)
-        raise
     except Stopped as stopped:
         if problem := processes.elsewhere():  # for which the launcher ends this process too
             sys.exit(processes.tell(problem))
         if first:
             print(f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", file=sys.stderr)
         sys.exit(stopped.code)
+    except Exception as error:  # a crash: the others need not wait for this process
+        processes.end_if_lost(error)
+        processes.announce(f"{type(error).__name__}: {error}", code=1)
+        raise

@@ -102,6 +102,21 @@ def expected(machines, base, data, tmp_path_factory):
     return (folder / "sft" / ADAPTER).read_bytes()
 
 
+def test_a_link_that_is_cut_before_training_ends_both_within_the_timeout(machines, base, data, tmp_path):
+    running = machines.start(tmp_path, command(base, data))
+    while "machine:" not in (tmp_path / "out0.txt").read_text():
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.02)
+    machines.link("down")
+    try:
+        found = machines.ends(running, tmp_path, 3 * TIMEOUT)
+    finally:
+        machines.link("up")
+    assert [code for code, _ in found] == [1, 1], found
+    for _, text in found:
+        assert "is gone: no " in text and "Traceback" not in text, text
+
+
 def test_a_cut_link_ends_both_within_the_timeout_and_the_run_goes_on(machines, base, data, expected, tmp_path):
     running = machines.start(tmp_path, command(base, data))
     while not (tmp_path / "sft" / "checkpoint-5" / "manifest.json").exists():
