@@ -307,7 +307,7 @@ def test_no_row_whatever_it_holds_escapes_as_another_error(tmp_path, rows, task)
         for column in ("prompt", "completion", "chosen", "rejected"):
             for turn in row.get(column, []):
                 assert (
-                    turn["role"] in ("system", "user", "assistant")
+                    turn["role"] in ("system", "user", "assistant", "text")
                     and turn["content"] == turn["content"].strip() != ""
                 )
 
