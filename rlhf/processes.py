@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from rlhf.user_error import UserError, mistake
 
-FAILED, LEFT, ALIVE, TIMEOUT = "rlhf/failed/", "rlhf/left/", "rlhf/alive/", 1800.0
+FAILED, LEFT, GONE, ALIVE, TIMEOUT = "rlhf/failed/", "rlhf/left/", "rlhf/gone/", "rlhf/alive/", 1800.0
 PATIENCE = 10  # seconds in which all should have heard of a mistake
 BEAT = 2  # seconds between two signs of life
 _meetings, _limit, _over, _heart = 0, TIMEOUT, threading.Event(), None
@@ -192,15 +192,17 @@ def announce(text: str, code: int = 2) -> None:
 
 
 def leave() -> None:
-    """Stay until the others have left too, for a while: the store may be the first process's."""
+    """Stay until the others leave too, for a while; the first process last, since the store may be its own."""
     if not group():
         return
     _over.set()
-    deadline, others = time.time() + PATIENCE, [f"{LEFT}{other}" for other in range(group().get_world_size())]
-    with suppress(RuntimeError):  # where the store has left, all have
-        store().set(f"{LEFT}{rank()}", "left")
-        while not store().check(others) and time.time() < deadline:
-            time.sleep(0.05)
+    deadline, others = time.time() + PATIENCE, range(group().get_world_size())
+    with suppress(RuntimeError):
+        for word in (LEFT, GONE) if rank() == 0 else (LEFT,):
+            store().set(f"{word}{rank()}", "")
+            while not store().check([f"{word}{other}" for other in others]) and time.time() < deadline:
+                time.sleep(0.05)
+        store().set(f"{GONE}{rank()}", "")
 
 
 def tell(error: UserError) -> int:
@@ -210,7 +212,8 @@ def tell(error: UserError) -> int:
     for name in (signal.SIGTERM, signal.SIGINT):  # from here on they end it at once
         signal.signal(name, signal.SIG_DFL)
     heard = isinstance(error, Elsewhere)
-    if local_rank() == 0 and not (heard and error.host == platform.node()):
+    told = heard and error.code == 2 and error.host == platform.node()  # by that process itself
+    if local_rank() == 0 and not told:
         mistake(error)
     join()
     if group() and not heard:

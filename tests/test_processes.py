@@ -126,6 +126,18 @@ def test_what_becomes_of_the_others(what, codes, says, tmp_path):
     assert says in "".join(text for _, text in ended) and "Traceback" not in ended[0][1], ended
 
 
+@pytest.mark.parametrize("ranks", [[0], [0, 1], [1]])
+def test_a_signal_that_a_library_swallows_comes_again_and_ends_all(ranks, tmp_path):
+    """datasets hashes functions under a bare `except`."""
+    what = "import contextlib, signal, time\n        with contextlib.suppress(BaseException):\n            "
+    what += "signal.raise_signal(signal.SIGTERM)\n        time.sleep(20)"
+    driver = DRIVER.replace("rank() == 1", f"rank() == {ranks[-1]}").format(what=what)
+    (tmp_path / "driver.py").write_text(driver)
+    ended = run_processes(tmp_path / "driver", [{} for _ in range(max(ranks) + 1)], seconds=60)
+    assert {code for code, _ in ended} == {85}, ended
+    assert "stopped by SIGTERM" in ended[0][1] and "Traceback" not in ended[0][1], ended
+
+
 def test_a_mistake_of_one_process_ends_all_in_one_line(base, data, tmp_path):
     good = {"model_name_or_path": base, "dataset_names": data, "output_dir": tmp_path / "out", "use_cpu": True}
     for bad in ({"learning_rate": -1}, {"dataset_names": tmp_path / "nowhere.jsonl"}, {"learning_rate": 1e-3}):

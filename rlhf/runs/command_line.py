@@ -17,7 +17,7 @@ from rlhf.runs import description
 from rlhf.runs.checks import check, convert, refused, unknown
 from rlhf.runs.flags import COMMON
 from rlhf.runs.renamed import NO_SUCH, RENAMED
-from rlhf.runs.signals import Stopped, listen
+from rlhf.runs.signals import Stopped, ended, listen
 from rlhf.runs.yaml_files import read_yaml
 from rlhf.user_error import UserError, end_quietly
 
@@ -267,10 +267,13 @@ def run(main, make_parser):
             raise
         sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
     except Stopped as stopped:
+        ended()
         if problem := processes.elsewhere():  # for which the launcher ends this process too
             sys.exit(processes.tell(problem))
-        if first:
+        if processes.local_rank() == 0:
             print(f"{stopped}; the same command goes on from there:\n  {as_typed(sys.argv)}", file=sys.stderr)
+        processes.announce(str(stopped), stopped.code)
+        processes.leave()
         sys.exit(stopped.code)
     except Exception as error:  # a crash: the others need not wait for this process
         processes.end_if_lost(error)

@@ -116,6 +116,10 @@ class Engine:
         in_use = {FSDP: self.is_fsdp_enabled, DEEPSPEED: self.is_deepspeed_enabled}
         if any(active != (name == engine) for name, active in in_use.items()):
             raise UserError(f"{engine or 'DDP'} is asked for and is not in use: accelerate started another engine")
+        loading = self.accelerator.dataloader_config
+        otherwise = loading.split_batches or loading.dispatch_batches or not loading.even_batches
+        if self.args.world_size > 1 and otherwise:
+            raise UserError("--accelerator_config: split_, dispatch_ and even_batches do not fit several processes")
         if wrong := self.is_deepspeed_enabled and deepspeed_config(self).mismatches:
             raise UserError(f"DeepSpeed's file and the flags differ: {wrong[0].strip('- ')}\n  write auto in the file")
 

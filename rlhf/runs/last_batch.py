@@ -31,6 +31,7 @@ class EachRowOnce:
         args, real = self.args, self.real_rows()
         own, size = real[args.process_index], args.train_batch_size
         fills = args.world_size > 1 and not args.dataloader_drop_last and sum(real) < size * args.world_size
+        fills = fills and args.train_sampling_strategy != "batch_rebalance"  # which fills up nothing
         laid_out = batches and len(batches[-1]["input_ids"]) in (size, 2 * size)  # not packed
         if fills and laid_out and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = first_rows(batches[-1], size, max(own, 1)) | {"real_rows": real}

@@ -73,7 +73,7 @@ class NamedEvaluation:
 
     TRL averages its metrics over batches, so a last batch of one row would weigh as much as a full one, and rows that
     fill up the last batches of several processes would count twice. What compares the rows of a batch with one another
-    (DPO's loss `aot`, a mixture of experts' `aux_loss`) is the batches' own still, averaged by their rows.
+    (DPO's losses `aot` and `sft`, a mixture of experts' `aux_loss`) is the batches' own still, averaged by their rows.
     """
 
     more_metrics = None  # a function that gives further ones of all datasets, as {name: value}

@@ -1,6 +1,7 @@
 """A notice to stop: SIGTERM and SIGUSR1 (Slurm's and the clouds') and Ctrl-C end a run after its next step, saved.
 
-Before and after training they end it at once, and so does a second one. The exit codes tell a scheduler what to do:
+Before and after training they end it at once, and so does a second one; again each second until it has ended, since
+a library may catch the first. The exit codes tell a scheduler what to do:
 85 and 130 mean that the same command goes on.
 """
 
@@ -31,9 +32,18 @@ def on_signal(number, frame):
     global asked
     name = signal.Signals(number).name
     if not training or asked:
+        if hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, lambda *_: on_signal(number, frame))
+            signal.setitimer(signal.ITIMER_REAL, 1)
         raise Stopped(name, "what was saved before is kept" if training else "no step was under way")
     asked = name
     print(f"\n{name}: the run is saved after its next step; once more ends it at once", file=sys.stderr)
+
+
+def ended() -> None:
+    """A signal has done what it should: it is not repeated."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def set_training(runs: bool) -> None:

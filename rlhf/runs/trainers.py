@@ -21,28 +21,43 @@ def checked(trainer_class: type) -> type:
     return type(f"Checked{trainer_class.__name__}", (Resumable, Sound, Engine, trainer_class), {})
 
 
-class CheckedSFTTrainer(EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
+class GroupedByLength(LengthGroupedSampler):
+    """An order that follows from seed and epoch alone: the same on all processes, and when a run goes on."""
+
+    def __init__(self, size: int, lengths: list[int], seed: int):
+        super().__init__(size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class ByLength:
+    """--train_sampling_strategy group_by_length, in groups of a step's rows; of pairs the longer answer counts."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        answers = [name for name in ("input_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
+        lengths = [len(row.get("prompt_ids", ())) + max(len(row[name]) for name in answers) for row in rows]
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return GroupedByLength(size, lengths, args.seed if args.data_seed is None else args.data_seed)
+
+
+class CheckedSFTTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = "real_rows" in inputs or (inputs["labels"] != -100).any()
         assert labels, "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class PairLengths:
-    """--train_sampling_strategy group_by_length for pairs, which have no `input_ids` to measure."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [
-            len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
-        ]
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=lengths)
-
-
-class CheckedRewardTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
+class CheckedRewardTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> torch.Tensor:
         """The scores of rows of tokens by the model in training, (rows,) on all processes: each reads its share."""
@@ -68,7 +83,7 @@ def score_answers_only(collate, rows: list[dict]) -> dict:
     return batch
 
 
-class CheckedDPOTrainer(PairLengths, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
+class CheckedDPOTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):

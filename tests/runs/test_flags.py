@@ -15,7 +15,6 @@ from rlhf.runs import description, flags, trainers
 from rlhf.runs.arguments import ModelArguments
 from rlhf.runs.checks import refused
 from rlhf.runs.renamed import NO_SUCH, RENAMED
-from rlhf.runs.trainers import LengthGroupedSampler
 from rlhf.user_error import UserError, nearest
 from tests.conftest import run_script
 from tests.runs.test_command_line import STAGES, parse
@@ -192,17 +191,22 @@ def test_all_tokens_are_learned_without_completion_only_loss(base, data, tmp_pat
 def test_pairs_are_grouped_by_their_length(script, base, data, tmp_path, monkeypatch):
     made = []
 
-    class Recorded(LengthGroupedSampler):
+    class Recorded(trainers.GroupedByLength):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(trainers, "LengthGroupedSampler", Recorded)
+    monkeypatch.setattr(trainers, "GroupedByLength", Recorded)
     quick = {"model_name_or_path": base, "dataset_names": data, "eval_strategy": "no", "max_steps": 1}
     run_script(script, train_sampling_strategy="group_by_length", output_dir=tmp_path / "out", **quick)
     lengths = made[0].lengths
     assert len(set(lengths)) > 1 and min(lengths) > 10
+    made[0].set_epoch(0)
     order = list(made[0])
+    torch.rand(1)  # as dropout draws, on each process as often as its rows are long
+    assert list(made[0]) == order, "processes would part ways"
+    made[0].set_epoch(1)
+    assert list(made[0]) != order
     batches = [[lengths[i] for i in order[at : at + 4]] for at in range(0, len(order), 4)]
     spread = sum(max(batch) - min(batch) for batch in batches)
     in_rows = sum(max(lengths[at : at + 4]) - min(lengths[at : at + 4]) for at in range(0, len(lengths), 4))

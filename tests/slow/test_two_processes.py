@@ -62,9 +62,11 @@ def further_metric(folder, other) -> float:
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("flags", [(stage, rows) for stage in ALL for rows in (9, 11, 16)], indirect=True)
-def test_twenty_steps(flags, full, tmp_path, request, capsys):
+def test_twenty_steps(flags, full, base, tmp_path, request, capsys):
     script = ALL[request.node.callspec.params["flags"][0]]
     if full:
+        if script == "ppo_training":
+            flags["model_name_or_path"] = without_dropout(base, tmp_path / "base")
         flags = {k: v for k, v in flags.items() if k != "lora_dropout"} | {"use_peft": False, "learning_rate": 0.01}
     per_device = 2 if script == "ppo_training" else 1
     two = {**flags, "per_device_train_batch_size": 2 * per_device, "output_dir": tmp_path / "two"}
