@@ -5,11 +5,13 @@ A run that asked for one and would go on without it ends here, and so does one t
 """
 
 import os
+import platform
 from importlib.util import find_spec
 
 from accelerate import DistributedType, PartialState
 from peft import PeftModel
 
+from rlhf.processes import exchange
 from rlhf.user_error import UserError
 
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
@@ -75,9 +77,8 @@ def check_engine(args) -> str:
         )
     if args.world_size == 1:
         return ", ".join(filter(None, ("one process", name)))
-    total, local = args.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", total // local))
-    return f"{total} processes on {machines} machine{'s' * (machines > 1)}, {name or 'DDP'}"
+    machines = len(set(exchange(platform.node())))
+    return f"{args.world_size} processes on {machines} machine{'s' * (machines > 1)}, {name or 'DDP'}"
 
 
 def fsdp_version(args) -> int:

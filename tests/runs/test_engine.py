@@ -77,8 +77,6 @@ FULL = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
     [
         (ONE, {"world_size": 1}, {}, "one process"),
         (CPUS, {}, TWO, "2 processes on 1 machine, DDP"),
-        (GPUS, {"world_size": 8}, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "8 processes on 2 machines, DDP"),
-        (GPUS, {"world_size": 6}, {"WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3"}, "6 processes on 3 machines, DDP"),
         (GPUS, {}, TWO | {ON["FSDP"]: "true", "FSDP_VERSION": "2"}, "2 processes on 1 machine, FSDP2, sharded state"),
         (GPUS, {"fsdp": True, "fsdp_plugin_args": FULL}, TWO, "2 processes on 1 machine, FSDP2, full state"),
         (ZERO, {}, TWO | {ON["DeepSpeed"]: "true"}, "2 processes on 1 machine, DeepSpeed ZeRO-2"),
@@ -90,6 +88,13 @@ def test_an_engine_in_use_is_named(bare, kind, changed, environment, says):
     for name, value in environment.items():
         bare.setenv(name, value)
     assert engine.check_engine(arguments(**changed)) == says
+
+
+def test_machines_are_counted_by_their_names(bare):
+    bare.setattr(engine, "PartialState", lambda: SimpleNamespace(distributed_type=GPUS))
+    bare.setattr(engine, "exchange", lambda name: ["first", "first", "second", "third"])
+    bare.setenv("WORLD_SIZE", "4")
+    assert engine.check_engine(arguments(world_size=4)) == "4 processes on 3 machines, DDP"
 
 
 ZERO3 = {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}
