@@ -63,10 +63,11 @@ def test_fsdp_that_accelerate_would_pass_over_is_an_error(bare, flags):
 
 
 def arguments(**changed):
-    plain = {"fsdp": None, "deepspeed": None, "n_gpu": 0, "world_size": 2, "fsdp_plugin_args": None}
+    plain = {"loading": {}, "fsdp": None, "deepspeed": None, "n_gpu": 0, "world_size": 2, "fsdp_plugin_args": None}
     return SimpleNamespace(**plain | {"deepspeed_plugin": SimpleNamespace(zero_stage=2)} | changed)
 
 
+LOADING = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 GPUS, CPUS, ZERO, ONE = (DistributedType[name] for name in ("MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "NO"))
 TWO = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 FULL = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
@@ -136,7 +137,10 @@ def trainer(starts: str | None, mismatches=(), refuses=None) -> type:
                 raise ValueError(refuses)
             self.is_fsdp_enabled, self.is_deepspeed_enabled = starts == "FSDP", starts == "DeepSpeed"
             plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(mismatches=list(mismatches)))
-            self.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+            loading = SimpleNamespace(**{**LOADING, **kwargs["args"].loading})
+            self.accelerator = SimpleNamespace(
+                state=SimpleNamespace(deepspeed_plugin=plugin), dataloader_config=loading
+            )
 
     return type("Checked", (engine.Engine, Trainer), {})
 
@@ -164,6 +168,13 @@ def test_a_trainer_with_the_engine_asked_for_is_made(bare):
         trainer(made)(args=arguments(**asks))
     with pytest.raises(ValueError, match="of its own"):
         trainer(None, refuses="of its own")(args=arguments())
+
+
+@pytest.mark.parametrize("loading", [{"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}])
+def test_loaders_that_share_rows_otherwise_are_refused(bare, loading):
+    with pytest.raises(UserError, match="do not fit several processes"):
+        trainer(None)(args=arguments(loading=loading))
+    trainer(None)(args=arguments(loading=loading, world_size=1))
 
 
 def test_deepspeed_that_is_not_installed_is_an_error(bare):
