@@ -136,11 +136,10 @@ def trainer(starts: str | None, mismatches=(), refuses=None) -> type:
             if refuses:
                 raise ValueError(refuses)
             self.is_fsdp_enabled, self.is_deepspeed_enabled = starts == "FSDP", starts == "DeepSpeed"
+            self.args, loading = args, SimpleNamespace(**{**LOADING, **args.loading})
             plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(mismatches=list(mismatches)))
-            loading = SimpleNamespace(**{**LOADING, **kwargs["args"].loading})
-            self.accelerator = SimpleNamespace(
-                state=SimpleNamespace(deepspeed_plugin=plugin), dataloader_config=loading
-            )
+            state = SimpleNamespace(deepspeed_plugin=plugin)
+            self.accelerator = SimpleNamespace(state=state, dataloader_config=loading)
 
     return type("Checked", (engine.Engine, Trainer), {})
 
