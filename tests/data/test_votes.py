@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from prepare_data import load_datasets
+from rlhf.data.loading import load_held_out
 from rlhf.data.votes import load_votes
 from rlhf.user_error import UserError
 
@@ -131,6 +132,19 @@ def test_votes_on_prompts_that_were_held_out_are_counted_and_measured_on_but_not
     assert len(load_datasets(str(path), task, eval_dataset_names=str(held))[1]["held"]) == 1
     with pytest.raises(UserError, match="no row is left(.|\n)*votes to train on are given on others"):
         load_datasets(str(held), task)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "held_out"),
+    [("rows.jsonl", True, False), ("rows.jsonl", False, True), ("own", True, True), ("demo", True, True)],
+)
+def test_a_prompt_is_held_out_unless_its_file_is_taken_whole(name, whole, held_out, tmp_path):
+    rows = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
+    for path in ("rows.jsonl", "own/train.jsonl", "own/test.jsonl"):
+        write(tmp_path / path, rows)
+    named = name if name == "demo" else str(tmp_path / name)
+    _, report = load_held_out(named, "prompt", whole_files=whole, validation_split_percentage=50)
+    assert [entry["held_out"] for entry in report["evaluation"].values()] == [held_out]
 
 
 BROKEN = {
