@@ -132,10 +132,8 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     import numpy as np
     from datasets import concatenate_datasets
 
-    if (
-        len(votes := [str(source.path or source.origin.strip()) for source, _ in train if source.regroup is by_pair])
-        > 1
-    ):
+    votes = [str(source.path or source.origin.strip()) for source, _ in train if source.regroup is by_pair]
+    if len(votes) > 1:
         raise UserError(
             f"{' and '.join(votes)} are votes: apart, a pair and its reverse could both be trained on\n"
             "put the files into one folder, each under its own name, and give the folder: there the majority decides"

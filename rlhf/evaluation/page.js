@@ -1,9 +1,7 @@
 "use strict";
 // What the views share: the data, elements made of text, which view is shown. read, judge and result follow.
 
-// without a prototype: a model may be called "constructor"
-const data = JSON.parse(document.getElementById("data").textContent, (_, value) =>
-  (value && typeof value === "object" && !Array.isArray(value) ? Object.setPrototypeOf(value, null) : value));
+const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 
 /** A new element. Children are elements or texts; nothing is ever read as HTML. */
