@@ -216,7 +216,7 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
     texts = [column for column in COLUMNS[task] if column != "reference"]
     answers = [column for column in texts if column != "prompt"]
     others = {"preference": [("margin", pa.float64())], "prompt": [("reference", pa.string())], "sft": []}[task]
-    others += [("score", pa.float64()), ("dataset", pa.string())]
+    others += [("score", pa.float64()), ("dataset", pa.string()), ("held_out", pa.bool_())]
     keys = [(name, pa.uint64()) for name in ("row_hash", "prompt_hash", "opening_hash")]
     schema = pa.schema([(column, pa.list_(message)) for column in texts] + others + keys)
 
@@ -256,6 +256,7 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
                     first.setdefault(str(row), place)
                     continue
                 row |= hashes(row, answers) | {"dataset": source.label}
+                row["held_out"] = raw.get("held_out") is True and "held_out" not in source.ignored
                 content.update(row["row_hash"])
                 counts["rows"] += 1
                 batch.append(row)

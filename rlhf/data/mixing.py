@@ -11,6 +11,7 @@ from rlhf.data.cache import prepare
 from rlhf.data.names import Name
 from rlhf.data.rows import COLUMNS
 from rlhf.data.sources import Source
+from rlhf.data.votes import by_pair
 from rlhf.user_error import UserError
 
 SAMPLE, ORDER, EVALUATE = 1, 2, 3  # salts: were sampling and order to share one, a sample would come first in the mix
@@ -116,7 +117,8 @@ def hold_out(wanted: list, task: str, *, whole_files: bool, percentage, max_eval
         rows = evaluation_part(source, task, whole_files and source.path is not None, percentage, max_bad_percentage)
         for part in (name, Name("", count=max_eval_samples)):
             rows.take(part, 0, EVALUATE)  # the same rows under every seed, comparable
-        report["evaluation"][source.label] = account(rows)
+        whole = whole_files and source.path is not None and source.open(task, "test") is None
+        report["evaluation"][source.label] = account(rows) | {"held_out": not whole}
         if len(rows.index):
             evals[source.label] = rows.rows.select_columns([*COLUMNS[task], "dataset"]).select(rows.index)
     return evals, report
@@ -130,6 +132,12 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     import numpy as np
     from datasets import concatenate_datasets
 
+    votes = [str(source.path or source.origin.strip()) for source, _ in train if source.regroup is by_pair]
+    if len(votes) > 1:
+        raise UserError(
+            f"{' and '.join(votes)} are votes: apart, a pair and its reverse could both be trained on\n"
+            "put the files into one folder, each under its own name, and give the folder: there the majority decides"
+        )
     report = {"task": task, "seed": seed, "validation_split_percentage": percentage}
     report |= {"datasets": {}, "evaluation": {}, "notes": []}
     trained = {source.label: part_of(source, task, "train", max_bad_percentage) for source, _ in train}
@@ -148,6 +156,8 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
 
     for source, name in train:
         rows = trained[source.label]
+        held_out = rows.rows.data.column("held_out").to_numpy()[rows.index]  # of a vote, by the page that it is from
+        rows.drop("prompt was held out where it was voted on", held_out, rows.set_aside)
         if source.label in tests and source.open(task, "test") is None:
             rows.split("train", percentage)
         rows.drop("prompt is in an evaluation set", np.isin(rows.of("prompt"), seen))
@@ -170,7 +180,7 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
         if not len(rows.index) and label not in contained:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
             held = "\nits prompts are held out of training, to measure on: votes to train on are given on others"
-            hint = held if "held out for evaluation" in rows.set_aside else ""
+            hint = held if any("held out" in reason for reason in rows.set_aside) else ""
             raise UserError(f"{label}: no row is left to train on: {reasons}{hint}")
     parts = list(trained.values())
     starts = np.cumsum([0] + [len(rows.rows) for rows in parts[:-1]])

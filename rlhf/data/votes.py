@@ -1,21 +1,25 @@
 """Votes of people, as the report's page saves them: two answers to a prompt, and which of them is better.
 
 A line of votes.jsonl is whole by itself: `prompt` (messages), `left` and `right` (the two answers' texts), `vote`,
-`judge` (who voted) and `time`; `left_model`, `right_model` and the like say where the answers come from.
+`judge` (who voted) and `time`; `left_model`, `right_model` and the like say where the answers come from, `held_out`
+that the prompt is there to measure on.
 """
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.data.columns import Row, opening_of, with_opening
 from rlhf.data.files import is_data, read_file
 from rlhf.data.messages import BadRow, Message, Skip, as_messages, assistant
-from rlhf.data.rows import Preference, clean_message
+from rlhf.data.rows import Preference, clean_message, problem_with
 from rlhf.user_error import UserError
 
 VOTES = ("left", "right", "tie", "both bad", "skip")
-UNUSED = "left_model right_model left_sample right_sample judge time seed report dataset"
+UNTIMED = "no 'time', and its person's other vote on these answers has one: which is the later?"
+UNUSED = "left_model right_model left_sample right_sample judge time seed report dataset comparison held_out"
 
 
 class Vote(NamedTuple):
@@ -56,23 +60,47 @@ def vote_of(row: dict, judge: str = "") -> Vote:
         raise BadRow(f"{other!r} of a vote is no text")
     if texts["vote"] not in VOTES:
         raise BadRow(f"'vote' is {texts['vote'][:20]!r}: known are {', '.join(VOTES)}")
+    if row.get("held_out") not in (None, False, True):
+        raise BadRow("'held_out' of a vote is neither true nor false")
+    time_of(texts["time"])
     # as in the rows that the answers were made for, so that both are known for the same prompt
-    prompt = [turn for message in as_messages(row.get("prompt")) if (turn := clean_message(message))]
-    texts |= {side: texts[side].strip() for side in ("left", "right")}
-    return Vote(prompt, **texts | {"judge": texts["judge"].strip() or judge})
+    asked = with_opening({"prompt": as_messages(row.get("prompt"))}, *opening_of(Row(row)))["prompt"]
+    prompt = [turn for message in asked if (turn := clean_message(message))]
+    if problem := problem_with({"prompt": prompt}):
+        raise BadRow(problem)
+    texts |= {side: texts[side].strip() for side in ("left", "right")} | {"judge": texts["judge"].strip() or judge}
+    try:
+        "".join(texts.values()).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("broken Unicode") from error
+    return Vote(prompt, **texts)
 
 
-def last_votes(votes: list[tuple], on: str) -> tuple[list[tuple], list[tuple]]:
-    """Tuples of a Vote and more, without those that their person has changed later; and those.
+def time_of(text: str) -> datetime:
+    """When it was; without a zone UTC, without a time the dawn of time."""
+    try:
+        time = datetime.fromisoformat(text) if text else datetime.min
+    except ValueError as error:
+        raise BadRow(f"'time' is {text[:30]!r}: write it as 2026-01-31T10:30:00Z") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def last_votes(votes: list[tuple[Vote, str, dict]], on: str) -> tuple[list[tuple], list[tuple[str, Skip]]]:
+    """The votes, (Vote, place, row), that their person has not changed later; and (place, why) of the others.
 
     Args:
         on: the property that votes on the same share.
     """
-    last = {}
-    for entry in sorted(votes, key=lambda entry: entry[0].time):  # stable: without times the later line counts
-        last[entry[0].judge, getattr(entry[0], on)] = entry
-    kept = {id(entry) for entry in last.values()}
-    return [entry for entry in votes if id(entry) in kept], [entry for entry in votes if id(entry) not in kept]
+    groups, kept, others = {}, [], []
+    for entry in votes:
+        groups.setdefault((entry[0].judge, getattr(entry[0], on)), []).append(entry)
+    for entries in groups.values():
+        timed = [entry for entry in entries if entry[0].time] or entries
+        *earlier, last = sorted(timed, key=lambda entry: time_of(entry[0].time))  # without times the later line counts
+        kept.append(last)
+        others += [(place, Skip("changed later")) for _, place, _ in earlier]
+        others += [(entry[1], BadRow(UNTIMED)) for entry in entries if entry not in timed]
+    return kept, others
 
 
 def by_pair(rows) -> Iterator[tuple[str, object]]:
@@ -81,16 +109,16 @@ def by_pair(rows) -> Iterator[tuple[str, object]]:
     for place, row in rows:
         try:
             votes.append((vote_of(row, judge=place.rpartition(":")[0]), place, row))
-        except (Skip, AttributeError, TypeError) as error:  # a row that is none, or none that can be asked
+        except (Skip, AttributeError, TypeError, ValueError) as error:  # a row that is none, or none that can be asked
             yield place, row if isinstance(row, Skip) else error if isinstance(error, Skip) else BadRow("no vote")
-    votes, changed = last_votes(votes, "pair")
-    for _, place, _ in changed:
-        yield place, Skip("a later vote of the same person")
+    votes, others = last_votes(votes, "pair")
+    yield from others
     for entry in votes:
         pairs.setdefault(entry[0].pair, []).append(entry)
     for entries in pairs.values():
         (_, place, row), *further = entries
-        yield place, row | {"vote": verdict([vote for vote, *_ in entries])}
+        held_out = any(row.get("held_out") for *_, row in entries)
+        yield place, row | {"vote": verdict([vote for vote, *_ in entries]), "held_out": held_out}
         for _, place, _ in further:
             yield place, Skip("another person's vote on the same answers")
 
@@ -122,7 +150,7 @@ def load_votes(paths: list[str]) -> list[Vote]:
     Raises:
         UserError: naming file and line, where something is no vote; a figure must not rest on half a file.
     """
-    votes, stems = [], [Path(path).stem for path in paths]
+    votes, files, stems = [], {}, [Path(path).stem for path in paths]
     for path in map(Path, paths):
         if not is_data(path):
             raise UserError(f"--votes {path}: give the votes.jsonl that the report's page saves")
@@ -130,9 +158,18 @@ def load_votes(paths: list[str]) -> list[Vote]:
             try:
                 if isinstance(row, Skip):
                     raise row
-                votes.append((vote_of(row, judge=path.stem if stems.count(path.stem) == 1 else str(path)),))
+                vote = vote_of(row, judge=path.stem if stems.count(path.stem) == 1 else str(path))
             except Skip as error:
                 raise UserError(f"{place}: {error}\ngive the votes.jsonl that the report's page saves") from error
-    if not any(vote.vote != "skip" for (vote,) in votes):
+            votes.append((vote, place, row))
+            files.setdefault(vote.judge, {})[str(path)] = None
+    if not any(vote.vote != "skip" for vote, *_ in votes):
         raise UserError(f"--votes {','.join(paths)}: there is no vote in it")
-    return [vote for (vote,) in last_votes(votes, "contest")[0]]
+    for judge, names in files.items():
+        if len(names) > 1:
+            print(f"{' and '.join(names)} hold votes of one person, {judge}: the later one on the same answers counts")
+    kept, others = last_votes(votes, "contest")
+    for place, why in others:
+        if isinstance(why, BadRow):
+            raise UserError(f"{place}: {why}")
+    return [vote for vote, *_ in kept]

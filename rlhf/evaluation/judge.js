@@ -1,6 +1,6 @@
 // Judge: two answers to one prompt, nobody knows whose. All that says which model wrote what stays in variables.
 
-let session = null; // {name, what, votes, pairs}; a vote is {i, left, right, vote, time}, an answer [label, sample]
+let session = null; // {name, what, votes, pairs, shown, since}; a vote is {i, left, right, vote, time}, an answer [label, sample]
 const SIDES = ["left", "right"], VOTES = [...SIDES, "tie", "both bad", "skip"];
 
 /** A well mixed 32-bit number of a text (FNV-1a, then murmur's last steps): order and sides are drawn by it. */
@@ -46,6 +46,7 @@ const isFirst = (i, [label, sample]) => data.rows[i].answers[label]?.indexOf(tex
 
 /**
  * The pairs to judge: each prompt once before any comes again, and all comparisons about equally often at any time.
+ * With a baseline no prompt comes again: the answer that one has seen before would be the baseline's.
  * Which and in what order the seed decides, so that several people judge the same; on which side an answer stands its
  * judge's name does, too, and of each comparison as many stand on one side as on the other.
  */
@@ -54,11 +55,13 @@ function draw(what, name) {
   const samples = what.startsWith("samples"); // all of them are one comparison
   // where a prompt starts among the pairs is drawn apart from when it is shown: the order tells nothing
   const offsets = new Map(shuffled(places, "offsets").map((i, k) => [i, k % pairs.length]));
-  const order = shuffled(places, "prompts"), found = [];
+  const order = shuffled(places, "prompts"), found = [], asked = new Set();
   for (let round = 0; round < pairs.length; round++)
     for (const i of order) {
       const place = (offsets.get(i) + round) % pairs.length, [a, b] = pairs[place];
       if (!isFirst(i, a) || !isFirst(i, b) || textOf(i, a) === textOf(i, b)) continue;
+      if (what === "baseline" && asked.has(promptOf(i))) continue;
+      asked.add(promptOf(i));
       const pair = { i, left: a, right: b };
       pair.key = keyOf(pair);
       found.push(pair);
@@ -88,6 +91,11 @@ function keep() {
     localStorage.setItem(place(""), JSON.stringify({ name, what }));
   } catch { keeps = false; }
   for (const notice of document.querySelectorAll(".storage")) notice.hidden = keeps;
+}
+
+/** Takes up what another tab has kept since: what is written next must not lose it. */
+function recall() {
+  if (keeps) session.votes = kept(session.name)?.votes ?? session.votes;
 }
 
 /** Starts, or goes on with the votes that are kept. */
@@ -122,19 +130,21 @@ function openPairs() {
 
 const judged = (votes) => votes.filter(({ vote }) => vote !== "skip");
 
-/** Half the width of the interval that the fewest votes of a model leave at a rate of a half: it tells no rate. */
+/** Half the width of the interval at a rate of a half: of the number of votes alone, which tells of no model. */
 function reach() {
-  const counts = {}, votes = judged(session.votes);
-  for (const { i, left, right } of votes)
-    for (const [label] of [left, right]) (counts[label] ??= new Set()).add(promptOf(i));
-  const fewest = Math.min(...Object.values(counts).map((prompts) => prompts.size));
-  if (!votes.length) return "";
+  const count = judged(session.votes).length, pairs = choices()[session.what][1];
+  if (!count) return "";
+  const shares = data.labels.map((label) => mean(pairs.map((pair) => Number(pair.some(([own]) => own === label)))));
+  const expected = Math.round(count * Math.min(...shares.filter(Boolean))); // votes of the rarest model
+  const fewest = Math.min(Math.max(1, expected), data.rows.length);
   const { low, high } = wilson(Array(fewest).fill(0.5), [...Array(fewest).keys()]);
   return ` · so far the result is known within ±${Math.ceil(50 * (high - low))} points`;
 }
 
 function showPair() {
   const open = openPairs(), [pair] = open, all = session.pairs.length;
+  session.shown = pair;
+  session.since = performance.now();
   at("progress").max = Math.max(all, 1);
   at("progress").value = all - open.length;
   at("counts").textContent = `${all - open.length} of ${all} pairs${reach()}`;
@@ -154,16 +164,20 @@ function say(text) {
 }
 
 function vote(choice) {
-  const [pair, next] = openPairs();
+  const { shown: pair } = session;
   if (!pair) return;
-  session.votes.push({ i: pair.i, left: pair.left, right: pair.right, vote: choice, time: new Date().toISOString() });
+  recall();
+  session.votes = [...session.votes.filter((vote) => keyOf(vote) !== pair.key),
+    { i: pair.i, left: pair.left, right: pair.right, vote: choice, time: new Date().toISOString() }];
   keep();
   showPair();
   scrollTo({ top: 0 });
-  say(`You said: ${choice}. ${next ? "The next pair is shown." : "No pair is left."}`);
+  if (!session.shown) at("end").focus(); // the buttons to vote with are no more
+  say(`You said: ${choice}. ${session.shown ? "The next pair is shown." : "No pair is left."}`);
 }
 
 function undo() {
+  recall();
   const last = session.votes.pop();
   if (!last) return;
   keep();
@@ -177,10 +191,12 @@ function lines() {
     prompt: data.rows[i].prompt, left: textOf(i, left), right: textOf(i, right), vote,
     left_model: left[0], left_sample: left[1], right_model: right[0], right_sample: right[1],
     judge: session.name, time, seed: data.seed, dataset: data.rows[i].dataset, report: data.id,
+    held_out: data.held_out.includes(data.rows[i].dataset), comparison: session.what,
   }) + "\n").join("");
 }
 
 function save() {
+  recall();
   const link = make("a", { download: "votes.jsonl" });
   link.href = URL.createObjectURL(new Blob([lines()], { type: "application/jsonl" }));
   link.click();
@@ -189,32 +205,32 @@ function save() {
 }
 
 /** Goes on with a saved file: its lines find their prompts and answers by their texts. */
-function load(text) {
+function load(text, file) {
   const places = new Map();
-  data.rows.forEach((row, i) => {
-    const prompt = JSON.stringify(row.prompt);
-    places.set(prompt, [...(places.get(prompt) ?? []), i]);
-  });
+  const said = (prompt) => JSON.stringify([prompt].flat().map((turn) => [turn?.role, turn?.content]));
+  data.rows.forEach(({ prompt }, i) => places.set(said(prompt), [...(places.get(said(prompt)) ?? []), i]));
   const votes = [], names = new Set();
-  let others = 0;
+  let others = 0, what = at("what").value;
   for (const line of text.split("\n").filter((line) => line.trim())) {
     const row = JSON.parse(line) ?? {};
     const left = [row.left_model, row.left_sample], right = [row.right_model, row.right_sample];
-    const i = places.get(JSON.stringify(row.prompt))
+    const i = places.get(said(row.prompt))
       ?.find((i) => textOf(i, left) === row.left && textOf(i, right) === row.right);
     if (i === undefined || !VOTES.includes(row.vote)) { others++; continue; }
     votes.push({ i, left, right, vote: row.vote, time: row.time });
-    names.add(row.judge);
+    names.add(String(row.judge ?? "").trim() || file.replace(/\.jsonl$/, ""));
+    if (Object.hasOwn(choices(), row.comparison)) what = row.comparison;
   }
   if (names.size > 1) return "These are votes of several people: load one person's.";
   if (!names.size) return "No vote in it is on this report's answers.";
-  const name = [...names][0], before = kept(name)?.votes.length ?? 0;
-  const question = `This browser has ${before} votes of ${name}, the file ${votes.length}. Take the file's?`;
-  if (before > votes.length && !confirm(question)) return "";
+  const [name] = names, latest = new Map(), when = ({ time }) => Date.parse(time) || 0;
+  for (const vote of [...(kept(name)?.votes ?? []), ...votes])
+    if (!(when(latest.get(keyOf(vote)) ?? {}) > when(vote))) latest.set(keyOf(vote), vote);
   at("judge-name").value = name;
-  start(name, at("what").value, votes);
+  at("what").value = what;
+  start(name, what, [...latest.values()].sort((a, b) => when(a) - when(b)));
   const leftOut = others ? ` ${others} are on another report's answers: left out.` : "";
-  say(`${votes.length} votes of ${name} are loaded.${leftOut}`);
+  say(`${new Set(votes.map(keyOf)).size} votes of ${name} are loaded.${leftOut}`);
   return "";
 }
 
@@ -228,7 +244,7 @@ at("setup").addEventListener("submit", (event) => {
 });
 at("load").addEventListener("change", async (event) => {
   const [file] = event.target.files;
-  try { at("setup-says").textContent = load(await file.text()); } catch (error) {
+  try { at("setup-says").textContent = load(await file.text(), file.name); } catch (error) {
     if (!(error instanceof SyntaxError)) throw error;
     at("setup-says").textContent = "This is no votes.jsonl: a line of it is no JSON.";
   }
@@ -240,20 +256,31 @@ for (const button of document.querySelectorAll(".save")) button.addEventListener
 at("undo").addEventListener("click", undo);
 at("end").addEventListener("click", showResult);
 at("again").addEventListener("click", () => { phase("voting"); showPair(); });
-at("forget").addEventListener("click", () => {
-  if (!confirm("Delete these votes from this browser? A file that you saved stays.")) return;
-  localStorage.removeItem(place(session.name));
-  localStorage.removeItem(place(""));
+/** Back to the choice of judge and comparison. */
+function leave(says = "") {
   session = null;
   at("judge-name").value = "";
-  at("setup-says").textContent = "";
+  at("setup-says").textContent = says;
   showJudge();
+  at("judge-name").focus();
+}
+
+at("back").addEventListener("click", () => leave());
+at("forget").addEventListener("click", () => {
+  if (!confirm("Delete these votes from this browser? A file that you saved stays.")) return;
+  try {
+    localStorage.removeItem(place(session.name));
+    localStorage.removeItem(place(""));
+    leave();
+  } catch { leave("This browser keeps nothing: there was nothing in it to delete."); }
 });
 addEventListener("keydown", (event) => {
   if (!isForView(event, "judge") || at("voting").hidden || !at("keys").checked || event.repeat) return;
   const votes = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", t: "tie", b: "both bad", s: "skip" };
-  if (event.key in votes) vote(votes[event.key]);
-  else if (event.key === "u") undo();
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key; // caps lock may be on
+  // a key that was meant for the pair before says nothing of this one
+  if (key in votes) { if (performance.now() - session.since > 150) vote(votes[key]); }
+  else if (key === "u") undo();
   else return;
   event.preventDefault();
 });

@@ -56,6 +56,7 @@ def page_data(report) -> dict:
         "models": {label: shlex.quote(str(name)) for label, name in report.get("models", {}).items()},
         "baseline": report.get("baseline"),
         "judges": report["judges"],
+        "held_out": [label for label, entry in report["data"]["evaluation"].items() if entry["held_out"]],
         "rows": rows,
         "next": next_steps(report),
     }
@@ -68,13 +69,13 @@ def next_steps(report) -> list[list[str]]:
     steps = [["Your votes beside the judges' scores", f"{report['command']} --votes={votes}"]]
     if "models" not in report:
         return steps
-    if settings["eval_dataset_names"]:
+    if not all(entry["held_out"] for entry in report["data"]["evaluation"].values()):
         flags = f"--model_name_or_path=<MODEL> --dataset_names={votes} --output_dir=saved"
         return steps + [
             ["Train a policy on your votes", f"accelerate launch dpo_training.py {flags}/dpo_on_votes"],
             ["Or a reward model", f"accelerate launch reward_modeling.py {flags}/reward_on_votes"],
         ]
-    names = shlex.quote(settings["dataset_names"])
+    names = shlex.quote(settings["dataset_names"] or settings["eval_dataset_names"])
     judge = settings["reward_model_name_or_path"]
     judge = f" --reward_model_name_or_path={shlex.quote(judge)} --best_of=4" if judge else ""
     return steps + [

@@ -20,9 +20,10 @@ def people_report(votes: list, judges: dict, samples: list[dict], baseline: str 
         samples: what the report is on, as `rlhf.evaluation.tables.samples_of` gives it.
     Returns:
         "votes", how many of each kind; "other_answers", how many are on answers that are not in this report, and so
-        say nothing of its models; "wins": by label "against_others", "against_baseline" and "against_data"; "judges":
-        by name "accuracy" and "kappa"; "people": for each two of them "pairs", "same" and "kappa"; "left": how often
-        the answer on the left was preferred.
+        say nothing of its models; "nameless", how many do not tell whose answers they are on; "wins": by label
+        "against_others", "against_baseline" and "against_data"; "judges": by name "accuracy", "kappa" and "unread",
+        how many votes are on an answer that it cannot read to its end; "people": for each two of them "pairs", "same"
+        and "kappa"; "left": how often the answer on the left was preferred.
     """
     keys = {prompt_key(row["prompt"]): row for row in samples}
     ended = {
@@ -35,12 +36,13 @@ def people_report(votes: list, judges: dict, samples: list[dict], baseline: str 
     votes = [vote for vote in votes if vote.vote != "skip"]
     decided = [vote for vote in votes if vote.vote in SIDES]
     scores = score_votes(judges, decided, keys, ended, batch_size)
-    between = [vote for vote in votes if vote.left_model != vote.right_model]
+    between = [vote for vote in votes if vote.left_model != vote.right_model and vote.left_model and vote.right_model]
     ours = [vote for vote in between if all(answer_of(vote, side) in ended for side in SIDES)]
     labels = dict.fromkeys(label for row in samples for label in row["answers"])
     return {
         "votes": dict(kinds),
         "other_answers": len(between) - len(ours),
+        "nameless": sum(not (vote.left_model and vote.right_model) for vote in votes),
         "wins": {label: wins_of(label, ours, baseline) for label in labels},
         "judges": {name: agreement(decided, found) for name, found in scores.items()},
         "people": between_people(votes),
@@ -90,6 +92,7 @@ def agreement(votes: list, scores: dict[str, list]) -> dict:
     return {
         "accuracy": wilson(right, [prompt_key(vote.prompt) for vote, _ in rows]),
         "kappa": cohen_kappa([vote.vote for vote, _ in rows], theirs),
+        "unread": len(votes) - len(rows),
     }
 
 

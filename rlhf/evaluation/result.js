@@ -32,6 +32,7 @@ function agreement(judge) {
 }
 
 function showResult() {
+  recall();
   const votes = judged(session.votes), labels = data.labels.filter((label) => winsOf(label));
   const baseline = labels.includes(data.baseline) && labels.length > 2 ? data.baseline : null;
   const count = (kind) => session.votes.filter(({ vote }) => vote === kind).length;

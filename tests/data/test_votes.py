@@ -6,6 +6,7 @@ import datasets
 import pytest
 
 from prepare_data import load_datasets
+from rlhf.data.loading import load_held_out
 from rlhf.data.votes import load_votes
 from rlhf.user_error import UserError
 
@@ -28,7 +29,7 @@ def write(path, lines):
 
 
 ANSWERS = ("Not yet.", "Yes.")
-AGAIN = "a later vote of the same person"
+AGAIN = "changed later"
 FURTHER = "another person's vote on the same answers"
 TURNED = {"left": "Yes.", "right": "Not yet."}
 
@@ -41,7 +42,22 @@ DECIDED = {
     "skip": ([vote("skip")], None, {"skipped by the judge": 1}),
     "the same twice": ([vote("left"), vote("left")], "Not yet.", {AGAIN: 1}),
     "changed": ([vote("left"), vote("right")], "Yes.", {AGAIN: 1}),
-    "changed, by time": ([vote("right", time="2026-02"), vote("left", time="2026-01")], "Yes.", {AGAIN: 1}),
+    "changed, by time": ([vote("right", time="2026-01-02"), vote("left", time="2026-01-01")], "Yes.", {AGAIN: 1}),
+    "changed, by time of two zones": (
+        [vote("right", time="2026-01-01T09:00:00Z"), vote("left", time="2026-01-01T10:30:00+02:00")],
+        "Yes.",
+        {AGAIN: 1},
+    ),
+    "two system prompts are two": (
+        [vote("left", system="Be late."), vote("tie", system="Be rude.")],
+        "Not yet.",
+        {"tie": 1},
+    ),
+    "two histories are two": (
+        [vote("left", history=[["Hi.", "Hello."]]), vote("tie", history=[["Hi.", "What?"]])],
+        "Not yet.",
+        {"tie": 1},
+    ),
     "changed to a tie": ([vote("left"), vote("tie")], None, {AGAIN: 1, "tie": 1}),
     "seen from the other side": ([vote("left"), vote("right", **TURNED)], "Not yet.", {AGAIN: 1}),
     "two agree": ([vote("left"), vote("right", **TURNED, judge="bob")], "Not yet.", {FURTHER: 1}),
@@ -62,7 +78,7 @@ def test_what_most_people_prefer_is_trained_on_and_the_rest_is_counted(case, tas
     other = vote("left", question="And now?")
     path = write(tmp_path / "votes.jsonl", [*lines, other])
     rows, _, report = load_datasets(str(path), task, validation_split_percentage=0)
-    better = {row["prompt"][0]["content"]: row["chosen" if task == "preference" else "completion"] for row in rows}
+    better = {row["prompt"][-1]["content"]: row["chosen" if task == "preference" else "completion"] for row in rows}
     assert better.pop("And now?") == [{"role": "assistant", "content": "Not yet."}]
     entry = report["datasets"]["votes"]
     if task == "sft" and case == "equal answers":  # SFT may imitate it all the same
@@ -90,6 +106,83 @@ def test_a_folder_of_peoples_files_is_decided_by_the_majority(tmp_path):
     rows, _, report = load_datasets(str(tmp_path / "people"), "preference", validation_split_percentage=0)
     assert [row["prompt"][0]["content"] for row in rows] == ["And now?"]
     assert report["datasets"]["people"]["dropped"] == {"people disagree": 1, FURTHER: 2}
+
+
+@pytest.mark.parametrize("task", ["preference", "sft", "prompt"])
+def test_votes_that_would_be_judged_apart_are_refused(task, tmp_path):
+    ann = write(tmp_path / "ann.jsonl", [vote("left")])
+    bob = write(tmp_path / "bob.jsonl", [vote("right", judge="bob")])
+    with pytest.raises(UserError, match=r"ann.jsonl and .*bob.jsonl are votes(.|\n)*into one folder"):
+        load_datasets(f"{ann},{bob}", task, validation_split_percentage=0)
+    pairs = [{"prompt": "Is it late?", "chosen": a, "rejected": b} for a, b in (ANSWERS, ANSWERS[::-1])]
+    other = write(tmp_path / "pairs.jsonl", pairs)  # whose annotators may well contradict each other
+    assert len(load_datasets(f"{ann},{other}", task, validation_split_percentage=0)[0]) >= 1
+    load_datasets(str(ann), task, eval_dataset_names=str(write(tmp_path / "cy.jsonl", [vote(question="And now?")])))
+
+
+@pytest.mark.parametrize("task", ["preference", "sft", "prompt"])
+def test_votes_on_prompts_that_were_held_out_are_counted_and_measured_on_but_not_trained_on(task, tmp_path):
+    lines = [vote(), vote(question="And now?", held_out=False), vote("left", question="Held?", held_out=True)]
+    lines.insert(0, vote("left", question="Held?", judge="bob"))  # from a page that did not say so yet
+    path = write(tmp_path / "votes.jsonl", lines)
+    rows, _, report = load_datasets(str(path), task, validation_split_percentage=0)
+    assert sorted(row["prompt"][0]["content"] for row in rows) == ["And now?", "Is it late?"]
+    assert report["datasets"]["votes"]["set_aside"] == {"prompt was held out where it was voted on": 1}
+    held = write(tmp_path / "held.jsonl", lines[-1:])
+    assert len(load_datasets(str(path), task, eval_dataset_names=str(held))[1]["held"]) == 1
+    with pytest.raises(UserError, match="no row is left(.|\n)*votes to train on are given on others"):
+        load_datasets(str(held), task)
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "held_out"),
+    [("rows.jsonl", True, False), ("rows.jsonl", False, True), ("own", True, True), ("demo", True, True)],
+)
+def test_a_prompt_is_held_out_unless_its_file_is_taken_whole(name, whole, held_out, tmp_path):
+    rows = [{"prompt": f"Is it {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(20)]
+    for path in ("rows.jsonl", "own/train.jsonl", "own/test.jsonl"):
+        write(tmp_path / path, rows)
+    named = name if name == "demo" else str(tmp_path / name)
+    _, report = load_held_out(named, "prompt", whole_files=whole, validation_split_percentage=50)
+    assert [entry["held_out"] for entry in report["evaluation"].values()] == [held_out]
+
+
+BROKEN = {
+    "left": (vote(left="\ud800"), "broken Unicode"),
+    "judge": (vote(judge="\udfff"), "broken Unicode"),
+    "time": (vote(time="1000"), "'time' is '1000': write it as"),
+    "held_out": (vote(held_out="no"), "'held_out' of a vote is neither"),
+    "no question": (vote() | {"prompt": [{"role": "system", "content": "Be brief."}]}, "prompt does not end with the"),
+    "no prompt": (vote() | {"prompt": []}, "prompt does not end with the user"),
+    "answered": (vote() | {"prompt": [{"role": r, "content": "Hi."} for r in ("user", "assistant")]}, "does not end"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_for_training_is_broken_for_figures(case, tmp_path):
+    line, says = BROKEN[case]
+    path = write(tmp_path / "votes.jsonl", [vote(), line])
+    dropped = load_datasets(str(path), "preference", max_bad_percentage=60)[2]["datasets"]["votes"]["dropped"]
+    assert any(says in reason for reason in dropped), dropped
+    with pytest.raises(UserError, match=f"votes.jsonl:2: .*{says}"):
+        load_votes([str(path)])
+
+
+def test_which_vote_is_the_later_is_never_guessed(tmp_path):
+    path = write(tmp_path / "votes.jsonl", [vote(time="2026-01-01"), vote("right"), vote(question="And now?")])
+    rows, _, report = load_datasets(str(path), "preference", validation_split_percentage=0, max_bad_percentage=60)
+    assert len(rows) == 2 and report["datasets"]["votes"]["bad"] == 1
+    with pytest.raises(UserError, match="votes.jsonl:2: no 'time'"):
+        load_votes([str(path)])
+
+
+def test_two_files_of_one_person_are_said(tmp_path, capsys):
+    first = write(tmp_path / "ann.jsonl", [vote("left", time="2026-01-01"), vote(question="And now?")])
+    second = write(tmp_path / "bob.jsonl", [vote("right", time="2026-01-02")])
+    assert [v.vote for v in load_votes([str(first), str(second)])] == ["right", "left"]
+    assert "hold votes of one person, ann" in capsys.readouterr().out
+    load_votes([str(first)])
+    assert not capsys.readouterr().out
 
 
 def test_a_vote_is_read_whole(tmp_path):

@@ -61,7 +61,7 @@ def page_of(folder, answers: dict[str, list[list[str]]], scores=None, prompts=No
         "best_of": {},
         "groups": {},
         "prompts": {},
-        "data": {"notes": []},
+        "data": {"notes": [], "evaluation": {"demo": {"held_out": False}}},
         "settings": {"seed": 1, "output_dir": "saved/eval", "eval_dataset_names": "a.jsonl", "temperature": 1,
                      "response_length": 8},
         "command": "python evaluate_model.py --output_dir=saved/eval",

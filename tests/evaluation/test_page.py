@@ -108,7 +108,8 @@ def test_what_to_type_next_is_what_can_be_typed(held_out):
     names = {"eval_dataset_names": None, "dataset_names": "ufb,hh"} if held_out else {"eval_dataset_names": "a.jsonl"}
     settings = names | {"output_dir": "saved/my eval", "reward_model_name_or_path": "saved/reward"}
     command = "python evaluate_model.py --model_name_or_path=saved/sft --output_dir='saved/my eval'"
-    steps = next_steps({"models": {}, "settings": settings, "command": command})
+    data = {"evaluation": {"all": {"held_out": held_out}}}
+    steps = next_steps({"models": {}, "settings": settings, "command": command, "data": data})
     assert len(steps) == 3 and held_out == any("held out" in why for why, _ in steps)
     for _, typed in steps:
         words = shlex.split(typed.replace("<MODEL>", "saved/sft"))

@@ -40,6 +40,7 @@ def press(browser, *keys):
     from selenium.webdriver.common.action_chains import ActionChains
 
     for key in keys:
+        time.sleep(0.16)  # for so long a key says nothing of a pair that has just come
         ActionChains(browser).send_keys(key).perform()
 
 
@@ -195,7 +196,7 @@ for (let n = 0; n < arguments[0]; n++) {
   seen.push({said: said.slice(0), see: document.body.innerText, html: document.getElementById("voting").outerHTML,
              address: location.href, title: document.title, attributes: document.body.getAttributeNames().join()});
   texts.forEach((element, i) => element.textContent = said[i]);
-  document.dispatchEvent(new KeyboardEvent("keydown", {key: "12tbs"[n % 5], bubbles: true}));
+  document.querySelectorAll("[data-vote]")[n % 5].click();
 }
 return seen;
 """
@@ -336,8 +337,92 @@ def test_a_browser_that_keeps_nothing_says_so(tmp_path, tmp_path_factory):
         assert "keeps nothing" in text(browser, "#voting .storage")
         assert browser.find_element("css selector", "#voting .storage").is_displayed()
         assert len(saved_lines(browser, tmp_path / "saved")[1]) == 1
+        browser.find_element("id", "end").click()
+        browser.find_element("id", "forget").click()
+        browser.switch_to.alert.accept()
+        assert "nothing in it to delete" in text(browser, "#setup-says")
     finally:
         browser.quit()
+
+
+def test_two_tabs_lose_no_vote(browser, tmp_path):
+    address = page_of(tmp_path, {"a": [[f"a{i}"] for i in range(9)], "b": [[f"b{i}"] for i in range(9)]})
+    start(browser, address, name="Tab")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    start(browser, address, name="Tab")
+    press(browser, "1", "2", "t")
+    browser.switch_to.window(first)
+    press(browser, "B")  # with caps lock, on the pair that the other tab has judged: the later vote counts
+    assert "3 of 9 pairs" in text(browser, "#counts")
+    press(browser, "1")
+    _, lines = saved_lines(browser, tmp_path / "saved")
+    assert Counter(line["vote"] for line in lines) == {"right": 1, "tie": 1, "both bad": 1, "left": 1}
+    browser.switch_to.window(browser.window_handles[-1])
+    browser.close()
+    browser.switch_to.window(first)
+
+
+def test_with_a_baseline_no_prompt_comes_twice_and_the_reach_tells_no_model(browser, tmp_path):
+    answers = {model: [[f"{model} {i}"] for i in range(30)] for model in (*MODELS[:3], "constructor")}
+    answers[MODELS[1]][3] = answers[MODELS[0]][3]  # no pair: the prompt's next comparison is taken
+    start(browser, page_of(tmp_path, answers, baseline=MODELS[0]), "baseline")
+    script = """
+    const seen = [];
+    while (session.shown) {
+      seen.push([document.querySelector("#asked .text").textContent, document.getElementById("counts").textContent]);
+      document.querySelectorAll("[data-vote]")[0].click();
+    }
+    return [seen, document.activeElement.id];
+    """
+    seen, focused = browser.execute_script(script)
+    asked, counts = zip(*seen, strict=True)
+    assert len(set(asked)) == len(asked) == 30 and focused == "end"
+    browser.find_element("id", "end").click()
+    assert "constructor" in text(browser, "#result-tables")
+    browser.find_element("id", "back").click()
+    assert browser.find_element("id", "setup").is_displayed() and "30 votes of Ann" in text(browser, "#setup-says")
+    start(
+        browser, page_of(tmp_path / "other", {m: a[::-1] for m, a in answers.items()}, baseline=MODELS[0]), "baseline"
+    )
+    assert [said for _, said in browser.execute_script(script)[0]] == list(counts)
+
+
+def test_a_key_within_a_moment_of_the_pair_is_none(browser, tmp_path):
+    start(browser, page_of(tmp_path, {"a": [["x"], ["y"]], "b": [["z"], ["w"]]}), name="Quick")
+    script = """
+    for (const key of "12") document.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    return session.votes.length;
+    """
+    time.sleep(0.2)
+    assert browser.execute_script(script) == 1
+
+
+def test_a_file_goes_on_where_it_was_whatever_its_form(browser, tmp_path):
+    answers = {model: [[f"{model} {i}"] for i in range(4)] for model in "abc"}
+    address = page_of(tmp_path, answers, baseline="a")
+    what = '[["b",0],["c",0]]'
+    start(browser, address, what, name="Kim")
+    press(browser, "1")
+    _, (line,) = saved_lines(browser, tmp_path / "saved")
+    assert line["held_out"] is False and line["comparison"] == what
+    press(browser, "t", "s")
+    other = {key: value for key, value in line.items() if key != "judge"}
+    other["prompt"] = [{"content": turn["content"], "role": turn["role"]} for turn in line["prompt"]]
+    path = tmp_path / "Kim.jsonl"
+    later = other | {"vote": "both bad", "time": "2100-01-01T00:00:00.000Z"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (later, other, other)))
+    browser.get("about:blank")
+    browser.get(f"{address}#judge")
+    choose(browser, "what", "baseline")
+    browser.find_element("id", "load").send_keys(str(path))
+    deadline = time.time() + 5
+    while "loaded" not in text(browser, "#said") and time.time() < deadline:
+        time.sleep(0.05)
+    assert "1 votes of Kim are loaded" in text(browser, "#said") and "3 of 4 pairs" in text(browser, "#counts")
+    lines = saved_lines(browser, tmp_path / "again")[1]
+    assert [row["vote"] for row in lines] == ["tie", "skip", "both bad"]
+    assert {row["comparison"] for row in lines} == {what}
 
 
 def test_a_file_of_others_is_not_taken_for_ones_own(browser, tmp_path):

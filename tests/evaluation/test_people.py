@@ -99,6 +99,28 @@ def test_votes_on_other_answers_say_nothing_of_these_models():
     assert found["judges"]["same"]["accuracy"]["rows"] == 10  # but of the judge they do
 
 
+def test_votes_that_count_for_nothing_are_counted():
+    class Short(Likes):
+        def __call__(self, prompts, texts, ended, columns):
+            return torch.tensor([1.0] * len(texts))
+
+    class Blind:  # a judge of few positions: it reads no answer of sft
+        tokenizer = type("Tokenizer", (), {"eos_token_id": 0})
+
+        def encode(self, prompt, text, ended):
+            return [1] if text.startswith("sft") else [2, 0]
+
+        def score_tokens(self, ids):
+            return torch.tensor([1.0] * len(ids))
+
+    nameless = [VOTES[0]._replace(left_model="", right_model=""), VOTES[1]._replace(left_model="")]
+    found = report([*VOTES[2:], *nameless], same=Short(), blind=Blind())
+    assert found["nameless"] == 2 and found["other_answers"] == 0
+    assert found["wins"] == report(VOTES[2:])["wins"]
+    assert found["judges"]["same"]["unread"] == 0 and found["judges"]["blind"]["unread"] == 8
+    assert found["judges"]["blind"]["accuracy"]["rows"] == 1
+
+
 def test_samples_of_one_model_make_no_win_rate():
     own = vote(0, "dpo", "dpo", "left")._replace(right="dpo 1")
     found = report([own], same=Likes(dpo=1))
