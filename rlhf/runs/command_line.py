@@ -261,6 +261,7 @@ def run(main, make_parser):
         except SystemExit as error:  # of code that the user brought, such as a reward function
             raise UserError(f"something in the run called sys.exit({error.code}) before its end") from error
     except UserError as error:
+        ended()
         sys.exit(processes.tell(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
