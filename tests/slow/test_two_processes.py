@@ -79,6 +79,22 @@ def test_twenty_steps(flags, full, base, tmp_path, request, capsys):
     assert apart < 1e-5 and metric < 1e-5
 
 
+STRATEGIES = [(stage, "group_by_length") for stage in SCRIPTS] + [("sft", "batch_rebalance")]
+
+
+@pytest.mark.parametrize(("flags", "strategy"), [((stage, 23), way) for stage, way in STRATEGIES], indirect=["flags"])
+def test_other_orders_of_rows(flags, strategy, tmp_path, request):
+    """Three epochs, in which each process would draw an order of its own."""
+    script = ALL[request.node.callspec.params["flags"][0]]
+    flags |= {"train_sampling_strategy": strategy, "max_steps": 9}
+    two = {**flags, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"}
+    ended = run_processes(script, [two, two])
+    assert [code for code, _ in ended] == [0, 0], ended
+    run_script(script, **{**flags, "output_dir": tmp_path / "one", "per_device_train_batch_size": 8})
+    assert furthest(tmp_path / "two", tmp_path / "one") < 1e-5
+    assert further_metric(tmp_path / "two", tmp_path / "one") < 1e-5
+
+
 @pytest.mark.parametrize("flags", [(stage, 11) for stage in ALL], indirect=True)
 def test_one_of_two_is_killed(flags, tmp_path, request, capsys):
     script = ALL[request.node.callspec.params["flags"][0]]
