@@ -263,10 +263,6 @@ def run(main, make_parser):
     except UserError as error:
         ended()
         sys.exit(processes.tell(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
     except Stopped as stopped:
         ended()
         if problem := processes.elsewhere():  # for which the launcher ends this process too
@@ -276,7 +272,9 @@ def run(main, make_parser):
         processes.announce(str(stopped), stopped.code)
         processes.leave()
         sys.exit(stopped.code)
-    except Exception as error:  # a crash: the others need not wait for this process
-        processes.end_if_lost(error)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(processes.tell(UserError(f"the disk is full: {error}\n  make room; the same command goes on")))
+        processes.end_if_lost(error)  # else it is a crash, which is raised; the others need not wait for this process
         processes.announce(f"{type(error).__name__}: {error}", code=1)
         raise

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,16 +49,9 @@ FLAGS = {
 }
 PPO = {"max_steps": 2, "save_steps": 1, "response_length": 8, "num_mini_batches": 2, "adaptive_kl_target": 1.0}
 # each process is a fork of one that has imported all: only the work itself takes time
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*STAGES.values(), "rlhf.runs.trainers", "rlhf.ppo.trainer", "tests.conftest"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # read by the process that is forked, which this starts
-        CONTEXT.Process(target=time.sleep, args=(0,)).start()
-        yield
 
 
 def tell_accelerate() -> None:

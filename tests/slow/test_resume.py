@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tests.conftest import run_script
 
 STAGES = {"sft": "sft_training", "reward": "reward_modeling", "dpo": "dpo_training", "ppo": "ppo_training"}
 # each start is a fork of a process that has imported all: only the work itself is left to be killed
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*STAGES.values(), "tests.conftest"])
 OF_TIME = ("runtime", "per_second")
@@ -47,14 +47,6 @@ def flags_of(stage, shape, saved, data) -> dict:
         flags = {**COMMON, **PPO, **rate, "model_name_or_path": model, "dataset_names": data}
         flags |= {"reward_model_name_or_path": saved["reward"], "save_steps": 2, "save_total_limit": 2}
     return flags
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # read by the process that is forked, which this starts
-        CONTEXT.Process(target=time.sleep, args=(0,)).start()
-        yield
 
 
 def train(stage, folder, flags, fatal=None, number=signal.SIGKILL):
