@@ -29,44 +29,42 @@ def packed(weight):
 
 def product(x, weight, bias=None):
     """x W^T + bias without a gradient; x (rows, in), W (out, in), packed or not."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if ONEDNN else F.linear(x, weight, bias)
-
-
-class FrozenLinear(torch.autograd.Function):
-    """y = x W^T with W frozen; x (rows, in), W (out, in), and W packed."""
-
-    @staticmethod
-    def forward(ctx, x, weight, packed_weight):
-        ctx.save_for_backward(weight)
-        return product(x, packed_weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return product(grad, ctx.saved_tensors[0].T), None, None
+    if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class LoraSum(torch.autograd.Function):
-    """y = x W^T + bias + scaling (x A^T) B^T with W frozen; x (rows, in), W (out, in), A (r, in), B (out, r)."""
+    """y = x W^T + bias + scaling (d(x) A^T) B^T with W frozen; x (rows, in), W (out, in), A (r, in), B (out, r).
+
+    d drops a share of x; of what it dropped a byte a number is kept.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, packed_weight, bias, a, b, scaling):
-        low = x @ a.T
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scaling = scaling
+    def forward(ctx, x, weight, packed_weight, bias, a, b, scaling, drop):
+        kept, mask = torch.native_dropout(x, drop, True) if drop else (x, None)
+        low = kept @ a.T
+        ctx.save_for_backward(x, weight, a, b, low, mask)
+        ctx.scaling, ctx.drop = scaling, drop
         return product(x, packed_weight, bias).addmm_(low, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, a, b, low = ctx.saved_tensors
+        x, weight, a, b, low, mask = ctx.saved_tensors
         grad_low = grad @ b
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad, weight.T).addmm_(grad_low, a, alpha=ctx.scaling)
+            grad_x = product(grad, weight.T)
+            if mask is None:
+                grad_x.addmm_(grad_low, a, alpha=ctx.scaling)
+            else:
+                grad_x.addcmul_(grad_low @ a, mask, value=ctx.scaling / (1 - ctx.drop))
         if ctx.needs_input_grad[4]:
-            grad_a = (grad_low.T @ x).mul_(ctx.scaling)
+            kept, scaling = (x, ctx.scaling) if mask is None else (x * mask, ctx.scaling / (1 - ctx.drop))
+            grad_a = (grad_low.T @ kept).mul_(scaling)
         if ctx.needs_input_grad[5]:
             grad_b = (grad.T @ low).mul_(ctx.scaling)
-        return grad_x, None, None, None, grad_a, grad_b, None
+        return grad_x, None, None, None, grad_a, grad_b, None, None
 
 
 def lora_forward(self, x, *args, **kwargs):
@@ -76,10 +74,13 @@ def lora_forward(self, x, *args, **kwargs):
         return type(self).forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     lora = () if off else (self.lora_A[active[0]].weight, self.lora_B[active[0]].weight, self.scaling[active[0]])
-    if grads:
-        y = LoraSum.apply(rows, weight_of(base), self.packed_weight, base.bias, *lora)
+    weight = weight_of(base)
+    packed_weight = getattr(self, "packed_weight", weight)
+    drop = 0.0 if off else getattr(self.lora_dropout[active[0]], "p", 0.0) * self.training
+    if grads or drop:
+        y = LoraSum.apply(rows, weight, packed_weight, base.bias, *lora, drop)
     else:
-        y = product(rows, self.packed_weight, base.bias)
+        y = product(rows, packed_weight, base.bias)
         if lora:
             y.addmm_(rows @ lora[0].T, lora[1].T, alpha=lora[2])
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -101,22 +102,24 @@ def is_plain_lora(layer) -> bool:
         type(layer) is LoraLinear
         and is_frozen_float32(layer.base_layer)
         and not layer.lora_variant
-        and not any(isinstance(drop, nn.Dropout) and drop.p for drop in layer.lora_dropout.values())
+        and all(type(drop) in (nn.Dropout, nn.Identity) for drop in layer.lora_dropout.values())
         and not any(part.bias is not None for part in layer.lora_B.values())
     )
 
 
-def use_fast_linear(model) -> None:
-    """Speed up a model's plain LoRA layers and frozen output layer in float32, and nothing else.
+def use_fast_linear(model, pack: bool = False) -> None:
+    """Speed up a model's plain LoRA layers in float32, and nothing else. Not for autocast.
 
-    Not for autocast; and the base's weights must stay as they are from then on, frozen.
+    Args:
+        pack: whether the weights of these and of a frozen output layer are held again as oneDNN likes them best, which
+            pays where few rows are multiplied at a time; the base's weights must stay as they are from then on.
     """
     layers, head = [layer for layer in model.modules() if is_plain_lora(layer)], model.get_output_embeddings()
-    weights = {layer: weight_of(layer.base_layer).detach() for layer in layers}
-    if is_frozen_float32(head) and head.bias is None:
-        weights[head] = head.weight.detach()
-    pack = ONEDNN and sum(weight.nbytes for weight in weights.values()) <= COPIES
-    for layer, weight in weights.items():
-        layer.packed_weight = packed(weight) if pack else weight
     for layer in layers:
         layer.forward = MethodType(lora_forward, layer)
+    weights = {layer: weight_of(layer.base_layer).detach() for layer in layers}
+    if head is not None and is_frozen_float32(head):
+        weights[head] = head.weight.detach()
+    if pack and ONEDNN and sum(weight.nbytes for weight in weights.values()) <= COPIES:
+        for layer, weight in weights.items():
+            layer.packed_weight = packed(weight)

@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.models.fast_linear import FrozenLinear
+from rlhf.models.fast_linear import product
 from rlhf.models.flat_rows import flat_inputs, is_flat
+from rlhf.models.token_logprobs import token_logprobs
 
 TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
-CHUNK = 2**25  # logits held at a time where no gradient needs them: 128 MB
 
 
 def plain(model):
@@ -43,11 +43,15 @@ def right_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tens
     return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
 
 
+def end_to_end(rows: list[list[int]], device) -> dict:
+    return flat_inputs(torch.tensor([token for row in rows for token in row], device=device), [len(row) for row in rows])
+
+
 def last_states(model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
     """The transformer's last hidden states of rows of tokens, row after row without padding: (tokens, hidden)."""
     trunk = trunk_of(model)
     if is_flat(plain(model)):
-        return trunk(**flat_inputs(rows, model.device), use_cache=False).last_hidden_state[0]
+        return trunk(**end_to_end(rows, model.device), use_cache=False).last_hidden_state[0]
     ids, mask = right_padded(rows, pad_id, model.device)
     return trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
 
@@ -61,17 +65,22 @@ def length_mask(lengths: list[int], device) -> torch.Tensor:
     return padded(torch.ones(sum(lengths), device=device), lengths)
 
 
+def is_plain_head(policy) -> bool:
+    """Whether a state's logits are what the output layer alone makes of it, as far as the layer and config say."""
+    capped = getattr(policy.config.get_text_config(), "final_logit_softcapping", None) is not None
+    return type(policy.get_output_embeddings()) is torch.nn.Linear and not capped
+
+
 def logits_of(policy, states, temperature: float):
     """The logits of states divided by the temperature, in float32: (tokens, vocabulary)."""
     head = policy.get_output_embeddings()
     cap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
     if cap is not None:
         return torch.tanh(head(states).float() / cap) * (cap / temperature)
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    packed = getattr(head, "packed_weight", None)
+    if packed is None or torch.is_grad_enabled():
         return head(states).float() / temperature
-    states = states / temperature  # the same, of far fewer numbers
-    fast = getattr(head, "packed_weight", None)
-    return head(states).float() if fast is None else FrozenLinear.apply(states, head.weight, fast)
+    return product(states, packed, head.bias) / temperature
 
 
 def answer_states(model, prompts, answers, pad_id: int) -> torch.Tensor:
@@ -94,45 +103,13 @@ def read_answers(policy, prompts, answers, pad_id: int, temperature: float, entr
     lengths = [len(answer) for answer in answers]
     states = answer_states(policy, prompts, answers, pad_id)
     tokens = torch.tensor([token for answer in answers for token in answer], device=states.device)
-    size = len(tokens) if torch.is_grad_enabled() else max(1, CHUNK // policy.get_output_embeddings().weight.shape[0])
-    parts = [
-        _logprobs(logits_of(policy, some, temperature), ids, entropy_grad)
-        for some, ids in zip(states.split(size), tokens.split(size), strict=True)
-    ]
-    logprobs, entropy = (padded(torch.cat(part), lengths) for part in zip(*parts, strict=True))
+    if is_plain_head(policy) and not entropy_grad:
+        logprobs, entropy, _ = token_logprobs(policy.get_output_embeddings(), states, tokens, temperature)
+    else:
+        every = F.log_softmax(logits_of(policy, states, temperature), dim=-1)
+        logprobs, entropy = every.gather(-1, tokens[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    logprobs, entropy = padded(logprobs, lengths), padded(entropy, lengths)
     return logprobs, entropy, length_mask(lengths, states.device), states
-
-
-def _logprobs(logits, tokens, entropy_grad):
-    if entropy_grad:
-        every = F.log_softmax(logits, dim=-1)
-        return every.gather(-1, tokens[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
-    return ChosenLogprobs.apply(logits, tokens)
-
-
-class ChosenLogprobs(torch.autograd.Function):
-    """(log softmax(logits)[token], entropy), of which the former has a gradient; logits are (tokens, vocabulary).
-
-    One tensor of that size is kept for backward and overwritten there, where the plain formula makes six.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens):
-        probabilities = logits.softmax(-1)
-        logprobs = probabilities.gather(-1, tokens[:, None]).squeeze(-1).clamp(min=TINY).log()
-        total = logits.gather(-1, tokens[:, None]).squeeze(-1) - logprobs  # logsumexp
-        few = zip(probabilities.split(16), logits.split(16), strict=True)  # rows whose products stay in the cache
-        entropy = total - torch.cat([torch.linalg.vecdot(*rows) for rows in few])
-        ctx.save_for_backward(probabilities, tokens)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        probabilities, tokens = ctx.saved_tensors
-        grad_logits = probabilities.mul_(-grad[:, None])
-        grad_logits[torch.arange(len(tokens), device=tokens.device), tokens] += grad
-        return grad_logits, None
 
 
 class RoomyLayer(DynamicLayer):
@@ -169,7 +146,7 @@ def read_prompts(policy, prompts, pad_id: int):
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
     if is_flat(plain(policy)) and grows:
-        inputs = flat_inputs(prompts, device)
+        inputs = end_to_end(prompts, device)
         hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0, lengths.cumsum(0) - 1]
         places = torch.zeros_like(mask)
         places[mask.bool()] = torch.arange(int(lengths.sum()), device=device)

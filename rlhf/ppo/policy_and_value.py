@@ -108,4 +108,4 @@ def prepare(policy, reference, reward, ppo) -> None:
                 module.p = 0.0  # or the ratio would not be 1 before the first step
         if ppo.device.type == "cpu" and ppo.mixed_precision == "no":
             use_flat_rows(model)
-            use_fast_linear(model)
+            use_fast_linear(model, pack=True)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from rlhf.models.lean import use_lean
 from rlhf.models.rollout import right_padded
 from rlhf.runs.engine import Engine
 from rlhf.runs.last_batch import EachRowOnce
@@ -50,14 +51,29 @@ class ByLength:
         return GroupedByLength(size, lengths, args.seed if args.data_seed is None else args.data_seed)
 
 
-class CheckedSFTTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
+class Lean:
+    """What TRL's trainers compute, for less time and memory (models/lean.py); by `pad_rows` as TRL does it."""
+
+    def __init__(self, *args, pad_rows: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        args = self.args
+        plain = self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile or getattr(self, "aux_loss_enabled", False)
+        # noise is scaled by a row's length
+        plain = plain or getattr(args, "use_liger_kernel", False) or args.neftune_noise_alpha is not None
+        if pad_rows or plain or getattr(args, "packing", False) or getattr(args, "padding_free", False):
+            return
+        for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+            use_lean(model, args.device, self.accelerator.mixed_precision != "no" or model.dtype.itemsize < 4)
+
+
+class CheckedSFTTrainer(Lean, ByLength, EachRowOnce, NamedEvaluation, checked(SFTTrainer)):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = "real_rows" in inputs or (inputs["labels"] != -100).any()
         assert labels, "a batch without a single label: nothing would be learned from it"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class CheckedRewardTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
+class CheckedRewardTrainer(Lean, ByLength, EachRowOnce, NamedEvaluation, checked(RewardTrainer)):
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> torch.Tensor:
         """The scores of rows of tokens by the model in training, (rows,) on all processes: each reads its share."""
@@ -83,7 +99,7 @@ def score_answers_only(collate, rows: list[dict]) -> dict:
     return batch
 
 
-class CheckedDPOTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
+class CheckedDPOTrainer(Lean, ByLength, EachRowOnce, NamedEvaluation, checked(DPOTrainer)):
     checked = False
 
     def __init__(self, *args, **kwargs):
@@ -108,7 +124,7 @@ class CheckedDPOTrainer(ByLength, EachRowOnce, NamedEvaluation, checked(DPOTrain
             margin = self._metrics["train"]["rewards/margins"][-1]
             assert abs(margin) < tolerance, f"policy and reference differ before the first step: margin {margin}"
             if self.args.loss_type == ["sigmoid"] and not (
-                self.args.label_smoothing or self.args.use_weighting or self.aux_loss_enabled
+                self.args.label_smoothing or self.args.use_weighting or getattr(self, "aux_loss_enabled", False)
             ):
                 loss = (result[0] if return_outputs else result).item()
                 assert abs(loss - math.log(2)) < tolerance, f"the first DPO loss is {loss}, not ln 2"
