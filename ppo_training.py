@@ -82,6 +82,7 @@ def main(script_args, training_args, model_args):
         train_dataset=train,
         eval_dataset=evals,
         processing_class=tokenizer,
+        pad_rows=script_args.pad_rows,
     )
     watch(trainer, script_args.early_stopping_patience)
     say(plan(trainer, data, script_args.dry_run))

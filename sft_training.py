@@ -73,6 +73,7 @@ def main(script_args, training_args, model_args):
         eval_dataset=evals,
         processing_class=tokenizer,
         peft_config=peft_config,
+        pad_rows=script_args.pad_rows,
     )
     train_in_float32(trainer.model)
     if script_args.generate_eval_samples:

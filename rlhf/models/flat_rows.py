@@ -168,8 +168,8 @@ def flat_inputs(tokens: torch.Tensor, lengths: list[int]) -> dict:
 
 
 def read_flat(trunk) -> None:
-    """Have a transformer that reads flat rows lay right-padded ones end to end itself: what it returns is padded again,
-    with 0. Other calls (with a cache, with positions of their own) go through as they are.
+    """Have a transformer that reads flat rows lay right-padded ones end to end itself: what it returns is padded
+    again, with 0. Other calls (with a cache, with positions of their own) go through as they are.
     """
     forward = trunk.forward
 

@@ -44,7 +44,9 @@ def right_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tens
 
 
 def end_to_end(rows: list[list[int]], device) -> dict:
-    return flat_inputs(torch.tensor([token for row in rows for token in row], device=device), [len(row) for row in rows])
+    return flat_inputs(
+        torch.tensor([token for row in rows for token in row], device=device), [len(row) for row in rows]
+    )
 
 
 def last_states(model, rows: list[list[int]], pad_id: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ def reference_of(policy, ppo) -> Reference:
     return Reference(None, "ref")
 
 
-def prepare(policy, reference, reward, ppo) -> None:
+def prepare(policy, reference, reward, ppo, pad_rows: bool = False) -> None:
     """The critic's adapter; and in all models dropout off, and on a CPU the same numbers sooner."""
     if ppo.value_adapter:
         if not isinstance(policy, PeftModel):
@@ -106,6 +106,6 @@ def prepare(policy, reference, reward, ppo) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # or the ratio would not be 1 before the first step
-        if ppo.device.type == "cpu" and ppo.mixed_precision == "no":
+        if ppo.device.type == "cpu" and ppo.mixed_precision == "no" and not pad_rows:
             use_flat_rows(model)
             use_fast_linear(model, pack=True)

@@ -40,12 +40,22 @@ class PPOTrainer(Trainer):
         reward_model: what `rewards.load_reward` gives.
         train_dataset: rows with `prompt_ids`; and `prompt` (messages) and `reference` where rewards read text.
         eval_dataset: the same, {name: rows}.
+        pad_rows: whether rows are padded, and products are torch's usual ones.
     """
 
     loss_is_scaled_for_ga = True  # the loss is normalised by the mini-batch's tokens, not the micro-batch's
 
     def __init__(
-        self, model, args, reward_model, train_dataset, eval_dataset, processing_class, callbacks=None, **kwargs
+        self,
+        model,
+        args,
+        reward_model,
+        train_dataset,
+        eval_dataset,
+        processing_class,
+        callbacks=None,
+        pad_rows: bool = False,
+        **kwargs,
     ):
         check(args, reward_model, train_dataset, processing_class)
         self.ppo, (args, self.schedule) = args, trainer_arguments(args, len(train_dataset))
@@ -54,7 +64,7 @@ class PPOTrainer(Trainer):
         )
         self.adapter = self.ppo.model_adapter_name or "default"
         reference = reference_of(model, self.ppo)
-        prepare(model, reference.model, reward_model, self.ppo)
+        prepare(model, reference.model, reward_model, self.ppo, pad_rows)
         head = reward_model.head.weight if reward_model.same_tokens else None
         super().__init__(
             model=PolicyAndValue(model, self.adapter, self.ppo.value_adapter, head),

@@ -33,6 +33,9 @@ class ModelArguments(ModelConfig):
             self.lora_target_modules = [self.lora_target_modules]
 
 
+BY_NEED = {"gradient_checkpointing": False}  # until memory.py finds that a step would not fit
+
+
 def machine_defaults(engine: str | None) -> tuple[dict, str]:
     """Training arguments that depend on the machine, and a sentence that says what was chosen.
 
@@ -41,10 +44,11 @@ def machine_defaults(engine: str | None) -> tuple[dict, str]:
     """
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-        precision = "bf16" if bf16 else "fp16"
-        return {"bf16": bf16, "fp16": not bf16}, f"{name}, {precision}, gradient checkpointing on"
-    chosen = {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {'bf16' if bf16 else 'fp16'}"
+        chosen = {"bf16": bf16, "fp16": not bf16}
+        # where each device holds a part, what a step takes is not measured
+        return (chosen, f"{name}, gradient checkpointing on") if engine else ({**chosen, **BY_NEED}, name)
+    chosen = {"bf16": False, "dataloader_pin_memory": False, **BY_NEED}
     if torch.backends.mps.is_available():
         return chosen, "Apple GPU, float32"
     chosen |= {"ddp_backend": "gloo"} if engine == DEEPSPEED else {"use_cpu": True}
@@ -98,7 +102,7 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         UserError: for what the libraries, or this machine, refuse.
     """
     chosen, machine = machine_defaults(asked(values.get("fsdp"), values.get("deepspeed")))
-    values, parsed = {**chosen, **defaults, **values}, []
+    given, values, parsed = values, {**chosen, **defaults, **values}, []
     check_machine(values)
     for cls in classes:
         own = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
@@ -107,4 +111,6 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).strip().splitlines()[0][:280]) from error
     check_optimizer(parsed[1])
+    own = {"gradient_checkpointing", "activation_checkpointing"} & {*defaults, *given}
+    parsed[1].checkpointing_by_need = not own and not parsed[1].activation_checkpointing
     return tuple(parsed), f"{machine}; {check_engine(parsed[1])}"

@@ -55,6 +55,10 @@ class ScriptArguments:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
     )
+    pad_rows: bool = field(
+        default=False,
+        metadata={"help": "Pad rows to a batch's longest and compute as plain TRL does, to the last digit; slower."},
+    )
     early_stopping_patience: int = field(
         default=0,
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},

@@ -166,6 +166,10 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
             return {"run_id": start(folder, identity), "identity": identity}
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
+        except UserError:  # who keeps the error may keep the trainer, and with it the folder
+            if trainer.lock is not None:
+                trainer.lock.release()
+            raise
 
     started = by_first(decide)
     if training_args.save_strategy != "no":

@@ -116,6 +116,35 @@ def fitted(trainer) -> str:
     return line
 
 
+def sure_to_fit(trainer, room: float) -> bool:
+    """Whether a batch of the longest rows takes so much less than there is that it need not be measured."""
+    model, args = getattr(trainer.model, "policy", trainer.model), trainer.args
+    config = model.config.get_text_config()
+    [row] = longest(trainer, 1)
+    sides = [len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids"]
+    tokens = len(row.get("prompt_ids", ())) * max(len(sides), 1) + sum(sides) + getattr(args, "response_length", 0)
+    each = 4 * (64 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)  # bytes: twice the most
+    scores = config.num_attention_heads * config.num_hidden_layers * tokens * 16  # of attention, where all are kept
+    weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in trainer.model.parameters())
+    return 2 * weights + args.per_device_train_batch_size * tokens * (each + scores) < room
+
+
+def checkpointing_by_need(trainer) -> str:
+    """Has activations computed twice if a step does not fit otherwise, and the user says nothing about it; a line that
+    says so."""
+    args, device = trainer.args, trainer.args.device
+    if not getattr(args, "checkpointing_by_need", False) or engine_of(trainer) != "ddp":
+        return ""
+    room = room_of(trainer) * (0.9 if device.type == "cpu" else 0.7)  # what a GPU's allocator leaves unused varies
+    if sure_to_fit(trainer, room):
+        return ""
+    need = estimate(trainer, room)(args.per_device_train_batch_size).total
+    if need < room:
+        return ""
+    args.gradient_checkpointing = args.activation_checkpointing = True
+    return f"gradient checkpointing is on: a step without it takes about {need / 1e9:.1f} GB of {room / 1e9:.1f}"
+
+
 def keeps_freed(device) -> bool:
     """Whether rlhf/__init__.py has told the allocator to keep what is freed."""
     return device.type == "cpu" and sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ

@@ -16,12 +16,12 @@ from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
-from rlhf.runs.memory import fitted
+from rlhf.runs.memory import checkpointing_by_need, fitted
 from rlhf.runs.soundness import check_saved
 
 
 def plan(trainer, data, dry_run: bool = False) -> str:
-    """What a run is about to do, in two lines; and, found by a step of it, the memory that it needs."""
+    """What a run is about to do, in two lines, and whether it has to save memory; for a dry run, how much it needs."""
     args, counts = trainer.args, data["tokenized"]
     parameters = [(math.prod(shape_of(p)), p.requires_grad) for p in trainer.model.parameters()]
     trained, total = sum(n for n, trains in parameters if trains), sum(n for n, _ in parameters)
@@ -31,11 +31,13 @@ def plan(trainer, data, dry_run: bool = False) -> str:
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
     rows = f"{counts['kept']} rows"
     rows += f" in {counts['examples']} examples" if counts["examples"] != counts["kept"] else ""
-    return (
-        f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
-        f"plan: {work}, {trained:,} of {total:,} parameters trained,"
-        f" lr {args.learning_rate:g}" + (f"\n{fitted(trainer)}" if dry_run else "")
-    )
+    lines = [
+        f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}",
+        f"plan: {work}, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}",
+        checkpointing_by_need(trainer),
+        fitted(trainer) if dry_run else "",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def model_card(name: str, run: dict, dataset_names: str) -> str:

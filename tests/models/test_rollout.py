@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf.models import fast_linear
+from rlhf.models import fast_linear, token_logprobs
 from rlhf.models.fast_linear import use_fast_linear
 from rlhf.models.flat_rows import is_flat, use_flat_rows
 from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
-from rlhf.models.rollout import _logprobs, generate, last_states, logits_of, read_answers, score
+from rlhf.models.rollout import generate, last_states, logits_of, read_answers, score
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +146,25 @@ def test_greedy_takes_the_likeliest_token(policy):
     assert answer == logits[2:5].argmax(-1).tolist()
 
 
-def test_chosen_logprobs_have_the_plain_formulas_values_and_gradient():
-    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 5
-    tokens, weights = torch.arange(7) * 3, torch.linspace(-1, 1, 7)
-    results = []
-    for entropy_grad in (True, False):  # the former is the plain formula
-        at = logits.clone().requires_grad_()
-        logprobs, entropy = _logprobs(at * 1.0, tokens, entropy_grad)
-        (logprobs * weights).sum().backward()
-        results.append((logprobs.detach(), entropy.detach(), at.grad))
-    for plain, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("at_a_time", [2**23, 150])
+def test_token_logprobs_have_the_plain_formulas_values_and_gradients(monkeypatch, at_a_time, trained):
+    """Of a frozen head and of one that is trained, with a bias and without, many states at a time and three."""
+    monkeypatch.setattr(token_logprobs, "AT_A_TIME", at_a_time)
+    torch.manual_seed(0)
+    for bias in (False, True):
+        head = torch.nn.Linear(16, 50, bias=bias).requires_grad_(trained)
+        torch.nn.init.normal_(head.weight)
+        states, tokens = torch.randn(7, 16, requires_grad=True), torch.arange(7) * 3
+        every = (head(states) / 0.7).log_softmax(-1)
+        plain = every.gather(-1, tokens[:, None])[:, 0], -(every.exp() * every).sum(-1), every.argmax(-1) == tokens
+        ours = token_logprobs.token_logprobs(head, states, tokens, 0.7)
+        at, weights = [states, *(p for p in head.parameters() if trained)], torch.linspace(-1, 1, 7)
+        grads = [torch.autograd.grad((logprobs * weights).sum(), at) for logprobs in (plain[0], ours.logprobs)]
+        for a, b in zip((*plain, *grads[0]), (*ours, *grads[1]), strict=True):
+            torch.testing.assert_close(b, a)
+        with torch.no_grad():
+            assert torch.equal(token_logprobs.token_logprobs(head, states, tokens, 0.7).logprobs, ours.logprobs)
 
 
 @pytest.mark.parametrize("products", ["packed", "oneDNN", "plain"])
@@ -167,7 +175,6 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
     if products != "plain" and not fast_linear.ONEDNN:
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(fast_linear, "ONEDNN", products != "plain")
-    monkeypatch.setattr(fast_linear, "COPIES", 2**32 if products == "packed" else 0)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -190,7 +197,7 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
             (head_grad,) = torch.autograd.grad(head.square().mean(), states)
             grads = [p.grad for p in model.parameters() if p.requires_grad]
             results.append([logits.detach(), unread, off, head.detach(), head_grad, *grads])
-            use_fast_linear(model)
+            use_fast_linear(model, pack=products == "packed")
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         for name, parameter in model.named_parameters():
@@ -200,6 +207,6 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
         assert all((p.grad is not None) == ("lora_B" in name) for name, p in model.named_parameters())
         assert not torch.allclose(results[1][1], results[1][2], atol=1e-3)
         fast = [m for m in model.modules() if "forward" in vars(m)]
-        assert bool(fast) != dora and model.get_output_embeddings().packed_weight is not None
+        assert bool(fast) != dora and hasattr(model.get_output_embeddings(), "packed_weight") == (products == "packed")
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
