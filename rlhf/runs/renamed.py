@@ -1,6 +1,6 @@
 """Flags and keys of other systems: what to type here, or why there is nothing.
 
-Of the five ancestors (README), older TRL and transformers, and LLaMA-Factory.
+Of the five ancestors (docs/coming-from.md), older TRL and transformers, and LLaMA-Factory.
 """
 
 RENAMED = {
