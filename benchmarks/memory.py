@@ -1,4 +1,4 @@
-"""The memory that a dry run tells beside what the run then takes, for every stage; and the table of it in docs/machines.md.
+"""The memory that a dry run tells beside what the run then takes, for every stage; and docs/machines.md's table.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --shapes 4M --stages sft_training --processes 2

@@ -196,10 +196,8 @@ def test_every_yaml_of_ours_is_a_whole_run():
         parse("--config", str(ROOT / "configs" / f"{name}.yaml"), script=stage)
 
 
-OTHERS_FLAGS = set(
-    "config_file num_processes machine_rank main_process_ip main_process_port cpu help help_all".split()
-)
-OTHERS_FLAGS |= set("nodes ntasks-per-node gpus-per-node".split())  # accelerate's and Slurm's
+OTHERS_FLAGS = set("config_file num_processes machine_rank main_process_ip main_process_port cpu nodes".split())
+OTHERS_FLAGS |= set("config help help_all table".split())  # accelerate's, Slurm's, any script's, a benchmark's
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -207,8 +205,8 @@ def test_every_flag_on_a_page_exists(page):
     known = set(OTHERS_FLAGS)
     for stage in STAGES:
         flags = description.read(stage)[0]
-        known |= {*flags, *(f"no_{name}" for name, flag in flags.items() if flag.get("no")), "config"}
-    for tool in ("merge_peft_adapter", "prepare_data", "evaluate_model", "examples.launch_ray", "benchmarks.memory"):
+        known |= {*flags, *(f"no_{name}" for name, flag in flags.items() if flag.get("no"))}
+    for tool in ("merge_peft_adapter", "prepare_data", "evaluate_model", "examples.launch_ray"):
         known |= {name.lstrip("-") for name in importlib.import_module(tool).make_parser()._option_string_actions}
     text = page.read_text()
     if page.name == "coming-from.md":  # a table's first column has the other system's
