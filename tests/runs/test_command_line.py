@@ -143,11 +143,17 @@ ROWS = {  # by a part of the file's name, where it is not a pair
 DATA_FILE = re.compile(r"[\w/.-]+\.(?:jsonl|json|csv|parquet)(?:\.gz)?")
 
 
+def text_of(page) -> str:
+    """What a page says of ours: the first column of a table in coming-from.md is another system's."""
+    text = page.read_text()
+    return re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.MULTILINE) if page.name == "coming-from.md" else text
+
+
 def written_commands():
     """Each command of ours in README, pages, docstrings and YAML headers, with the place where it stands."""
     examples = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.sbatch")]
     for path in [*PAGES, *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *examples]:
-        text = path.read_text().replace("\\\n", " ")
+        text = text_of(path).replace("\\\n", " ")
         if path.suffix == ".py":
             text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
         for line in text.splitlines():
@@ -208,10 +214,7 @@ def test_every_flag_on_a_page_exists(page):
         known |= {*flags, *(f"no_{name}" for name, flag in flags.items() if flag.get("no"))}
     for tool in ("merge_peft_adapter", "prepare_data", "evaluate_model", "examples.launch_ray"):
         known |= {name.lstrip("-") for name in importlib.import_module(tool).make_parser()._option_string_actions}
-    text = page.read_text()
-    if page.name == "coming-from.md":  # a table's first column has the other system's
-        text = re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.MULTILINE)
-    assert not set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) - known
+    assert not set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))) - known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
