@@ -1,4 +1,4 @@
-"""The memory that a dry run tells beside what the run then takes, for every stage; and the README's table of it.
+"""The memory that a dry run tells beside what the run then takes, for every stage; and docs/machines.md's table.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --shapes 4M --stages sft_training --processes 2
@@ -165,5 +165,5 @@ if __name__ == "__main__":
     parser.add_argument("--checkpointing", nargs="+", choices=["false", "true"], default=["false", "true"])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep_freed", action="store_true", help="with the allocator as our runs set it")
-    parser.add_argument("--table", action="store_true", help="only print the README's table")
+    parser.add_argument("--table", action="store_true", help="only print the table of docs/machines.md")
     main(parser.parse_args())

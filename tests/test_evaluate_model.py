@@ -472,10 +472,10 @@ def test_labels_are_short_where_that_tells_models_apart():
     assert list(evaluate_model.labels_of(names)) == ["saved/a/sft", "saved/b/sft", "model", "gold", "my/data"]
 
 
-def test_the_readmes_way_to_ask_an_adapter_answers_as_it_was_trained(base, data, tmp_path, capsys):
+def test_the_pages_way_to_ask_an_adapter_answers_as_it_was_trained(base, data, tmp_path, capsys):
     folder = run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=tmp_path / "sft")
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "pipeline" in block]
+    page = (ROOT / "docs" / "merging.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "pipeline" in block]
     capsys.readouterr()
     code = code.replace("saved/gpt2_medium_ufb_dpo", str(folder)).replace("Name two herbs.", "Who mends nets?")
     exec(code.replace('"Who mends nets?"}]', '"Who mends nets?"}], max_new_tokens=8, do_sample=False'), {})

@@ -39,9 +39,9 @@ def test_the_top_is_what_a_user_types():
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout: what is tracked cannot be told")
     tracked = subprocess.check_output(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, text=True).split()
-    texts = {"README.md", "LICENSE", "Makefile", "pyproject.toml"}
+    texts = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "pyproject.toml"}
     texts |= {f"requirements{kind}.txt" for kind in ("", "-dev", "-extra")}
-    folders = {"rlhf", "configs", "accelerate_config", "examples", "benchmarks", "tests"}
+    folders = {"rlhf", "configs", "accelerate_config", "examples", "benchmarks", "docs", "tests"}
     assert {name for name in tracked if not name.startswith(".")} == texts | folders | {f"{c}.py" for c in COMMANDS}
 
 

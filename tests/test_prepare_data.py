@@ -488,10 +488,10 @@ def test_the_list_names_every_dataset_with_its_tasks_and_source(capsys):
     assert re.search(r"^hh +sft preference prompt +Anthropic/hh-rlhf$", output, flags=re.MULTILINE)
 
 
-def test_a_dataset_of_eight_lines_is_added_as_the_readme_says(tmp_path):
-    """Follows the README to the letter in a copy: the entry, the sample, the command that tests it."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, text = readme.partition("### Add your own dataset in 8 lines")
+def test_a_dataset_of_eight_lines_is_added_as_the_page_says(tmp_path):
+    """Follows docs/data.md to the letter in a copy: the entry, the sample, the command that tests it."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    _, _, text = page.partition("## Add your own dataset in 8 lines")
     entry, sample = (re.search(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL).group(1) for kind in ("python", "json"))
     path, command = (
         re.search(r"`(tests/samples/\S+)`", text).group(1),

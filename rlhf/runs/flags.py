@@ -61,7 +61,7 @@ REFUSED = {
     "auto_find_batch_size": {(PPO,): f"{_UNFIT}lower --per_device_train_batch_size instead"},
     "batch_eval_metrics": {ALL: _LOSS},
     "dataset_kwargs": {ALL: _ROWS},
-    "dataset_text_field": {ALL: f"a file's columns are found by their names (README: Data); {_ROWS}"},
+    "dataset_text_field": {ALL: f"a file's columns are found by their names (docs/data.md); {_ROWS}"},
     "disable_dropout": {(DPO,): "with dropout policy and reference would differ from the start; leave it out"},
     "do_eval": {ALL: _DOES},
     "do_predict": {ALL: _DOES},

@@ -1,6 +1,6 @@
 """Flags and keys of other systems: what to type here, or why there is nothing.
 
-Of the five ancestors (README), older TRL and transformers, and LLaMA-Factory.
+Of the five ancestors (docs/coming-from.md), older TRL and transformers, and LLaMA-Factory.
 """
 
 RENAMED = {
@@ -36,6 +36,8 @@ RENAMED = {
     "torch_dtype": "--dtype",
     "dataset_name": "--dataset_names",
     "dataset_config": "--dataset_names name@config",
+    "test_split_size": "--validation_split_percentage (0.1 there is 10 here)",
+    "exp_name": "--run_name",
     "dataset_test_split": "--eval_dataset_names, or --validation_split_percentage",
     "max_seq_length": "--max_length",
     "max_seq_len": "--max_length",
@@ -77,6 +79,20 @@ RENAMED = {
     "train_data": "--dataset_names path/to/file.jsonl",
     "valid_data": "--eval_dataset_names path/to/file.jsonl",
     "valid_file": "--eval_dataset_names path/to/file.jsonl",
+    "data_path": "--dataset_names path/to/file.jsonl",
+    "input_file_path": "--dataset_names path/to/file.jsonl",
+    "hf_dataset_name": "--dataset_names",
+    "lang": "--dataset_names oasst1@en",
+    "fraction": "--dataset_names name:0.1",
+    "size": "--dataset_names name#1000",
+    "train_subset": "--dataset_names name#1000",
+    "eval_subset": "--max_eval_samples",
+    "max_replies": "--max_pairs_per_prompt (of 5 replies there are 10 pairs)",
+    "max_comparison_per_sample": "--max_pairs_per_prompt",
+    "lora_model_name_or_path": "--model_name_or_path (an adapter folder is continued)",
+    "seq_length": "--max_length",
+    "output_max_length": "--response_length",
+    "save_freq": "--save_steps",
     "datasets": "--dataset_names",
     "datasets_extra": "--dataset_names",
     "eval_size": "--max_eval_samples",
@@ -135,6 +151,7 @@ RENAMED = {
     "train_on_prompt": "--completion_only_loss false",
     "disable_gradient_checkpointing": "--no_gradient_checkpointing",
     "early_stopping_steps": "--early_stopping_patience",
+    "ppo_buffer_size": "--gradient_accumulation_steps",
     "create_new_adapter": "merge_peft_adapter.py first: a new adapter is put on the result",
     "export_dir": "merge_peft_adapter.py --output_name",
     "interleave_probs": "--dataset_names a:0.5,b#1000",
@@ -156,18 +173,21 @@ RENAMED = {
 # Why there is none: {reason: names}
 NONE = {
     "the tokenizer of --model_name_or_path is used": "tokenizer tokenizer_name use_fast_tokenizer resize_vocab"
-    " add_special_tokens per_digit_tokens",
+    " add_special_tokens per_digit_tokens end_of_conversation_token",
     "the tokenizer's own chat template is used": "template system_prefix use_system_prefix use_system_tag"
     " default_system tool_format system_property_dropout system_add_length enable_thinking",
     "each stage is a script of its own, and says what it does": "stage task_type is_reward_model mode train_phase",
     "weights are always saved as safetensors": "save_safetensors",
     "--report_to tensorboard decides where it writes": "logging_dir log_dir",
     "HF_HOME and HF_TOKEN in the environment say it": "cache_dir use_auth_token token env",
+    "WANDB_PROJECT and WANDB_ENTITY in the environment say it": "project_name wandb_project wandb_entity",
+    "the loss is the stage's own": "loss_fn poly_eps",
     "curves are always drawn: learning_curves.png": "plot_loss",
     "prepared rows are cached, and made anew when they change": "overwrite_cache tokenized_path dataset_dir",
     "accelerate launch says it: --num_processes, --mixed_precision, --config_file": "device num_training_workers"
     " resources_per_worker accelerate_mode half_precision_backend fp16_backend fp16_opt_level use_ipex use_mps_device"
-    " xpu_backend tpu_num_cores tpu_metrics_debug ray_scope ray_num_workers master_port devices num_processes gpus",
+    " xpu_backend tpu_num_cores tpu_metrics_debug ray_scope ray_num_workers master_port devices num_processes gpus"
+    " accelerate_config",
     "PPO computes it of its other flags": "local_batch_size micro_batch_size local_mini_batch_size num_total_batches"
     " world_size backward_batch_size",
     "the reference is a frozen copy of the starting point": "ref_model ref_model_name_or_path force_use_ref_model"

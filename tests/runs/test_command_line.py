@@ -1,6 +1,7 @@
 """Flags, YAML files, mistakes, and every command that is written down: `pytest tests/runs/test_command_line.py`."""
 
 import ast
+import gzip
 import importlib
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.runs import description
 from rlhf.user_error import UserError
 from tests.conftest import ROOT, run_script
 
@@ -132,17 +134,33 @@ def test_tools_print_their_help_without_loading_a_library(script):
 # Everything that is written down must be true -----------------------------------------------------------------------
 
 
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+PAIR = {"prompt": "Is it late?", "chosen": "Not yet.", "rejected": "Yes."}
+ROWS = {  # by a part of the file's name, where it is not a pair
+    "votes": {"prompt": "Is it late?", "left": "Not yet.", "right": "Yes.", "vote": "left"},
+    "trees": {"prompt": {"role": "prompter", "text": "Is it late?", "replies": []}},
+}
+DATA_FILE = re.compile(r"[\w/.-]+\.(?:jsonl|json|csv|parquet)(?:\.gz)?")
+
+
+def text_of(page) -> str:
+    """What a page says of ours: the first column of a table in coming-from.md is another system's."""
+    text = page.read_text()
+    return re.sub(r"^\|.*?[^\\]\|", "", text, flags=re.MULTILINE) if page.name == "coming-from.md" else text
+
+
 def written_commands():
-    """Each command of ours in README, docstrings and YAML headers, with the place where it stands."""
+    """Each command of ours in README, pages, docstrings and YAML headers, with the place where it stands."""
     examples = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.sbatch")]
-    for path in [ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *examples]:
-        text = path.read_text().replace("\\\n", " ")
+    for path in [*PAGES, *ROOT.glob("*.py"), *ROOT.glob("*config*/*.yaml"), *examples]:
+        text = text_of(path).replace("\\\n", " ")
         if path.suffix == ".py":
             text = (ast.get_docstring(ast.parse(path.read_text())) or "").replace("\\\n", " ")
         for line in text.splitlines():
             words = line.strip().lstrip("#$ ").split("  #")[0]
-            if re.match(r"(accelerate launch|torchrun|python|sbatch) .*\.py", words):
-                yield f"{path.name}: {words}", words
+            for command in (words, *re.findall(r"`([^`]+)`", line)):
+                if re.match(r"(accelerate launch|torchrun|python|sbatch) (?!-m).*\.py", command):
+                    yield f"{path.name}: {command}", command
 
 
 COMMANDS = dict(written_commands())
@@ -153,11 +171,14 @@ def test_every_written_command_parses(where, monkeypatch, tmp_path):
     for name in ("configs", "accelerate_config", "examples", "benchmarks", *(p.name for p in ROOT.glob("*.py"))):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_rewards.py").touch()  # the user's own
-    vote = {"prompt": "Is it late?", "left": "Not yet.", "right": "Yes.", "vote": "left"}
-    (tmp_path / "saved" / "judging").mkdir(parents=True)
-    (tmp_path / "saved" / "judging" / "votes.jsonl").write_text(json.dumps(vote))
     monkeypatch.chdir(tmp_path)
     words = shlex.split(COMMANDS[where])
+    said = " ".join([*words, *(Path(word).read_text() for word in words if re.match(r"configs/.*\.yaml", word))])
+    for name in set(DATA_FILE.findall(said)):  # the user's own, too
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        row = next((row for part, row in ROWS.items() if part in name), PAIR)
+        with (gzip.open if name.endswith(".gz") else open)(name, "wt") as file:
+            file.write(json.dumps(row))
     *launcher, at = (i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = Path(words[at]), words[at + 1 :]
     assert script.exists(), f"{script} does not exist"
@@ -179,6 +200,32 @@ def test_the_readme_has_the_five_commands():
 def test_every_yaml_of_ours_is_a_whole_run():
     for stage, name in zip(STAGES, ("sft", "reward", "dpo", "ppo"), strict=True):
         parse("--config", str(ROOT / "configs" / f"{name}.yaml"), script=stage)
+
+
+OTHERS_FLAGS = set("config_file num_processes machine_rank main_process_ip main_process_port cpu nodes".split())
+OTHERS_FLAGS |= set("config help help_all table".split())  # accelerate's, Slurm's, any script's, a benchmark's
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_on_a_page_exists(page):
+    known = set(OTHERS_FLAGS)
+    for stage in STAGES:
+        flags = description.read(stage)[0]
+        known |= {*flags, *(f"no_{name}" for name, flag in flags.items() if flag.get("no"))}
+    for tool in ("merge_peft_adapter", "prepare_data", "evaluate_model", "examples.launch_ray"):
+        known |= {name.lstrip("-") for name in importlib.import_module(tool).make_parser()._option_string_actions}
+    assert not set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))) - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_on_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert target.startswith("https://") or file.exists(), target
+        titles = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in
+                  (file.read_text().splitlines() if heading else ()) if line.startswith("#")]  # fmt: skip
+        assert not heading or heading in titles, target
 
 
 SKELETON = (
