@@ -1,7 +1,7 @@
 """Every benchmark, one after the other, and one table of what they found; `make bench` runs this.
 
-    make bench                                       # half an hour or more, on a machine that does nothing else
-    make bench OUT=saved/bench.md ROWS=pairs.jsonl.gz
+    make bench                                       # an hour, on a machine that does nothing else
+    make bench                                       # an hour, on a machine that does nothing else
     python benchmarks/bench.py --only stages data_speed
 
 The ratio comes first: how many times as fast ours is as what stands in the line (or as its other column says). Then

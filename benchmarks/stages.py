@@ -8,7 +8,8 @@
 Each side trains the same LoRA on the same random GPT-2, the same rows and as many steps; each run is a process of its
 own, and the sides take turns, a turn for each seed. "trl" is `trl sft`, `trl reward` and `trl dpo` as installed, given
 the flags that make it the same work and no others (--verbose prints all commands); "no ckpt" is that without
-gradient checkpointing. One default is not left to it: accelerate would give it one thread, here it gets all cores.
+gradient checkpointing. One default is not left to it: its launcher would give it one thread (OMP_NUM_THREADS=1), here
+it gets all cores; `--against ours trl one_thread` measures it as it comes, too.
 
 "bare" is what a user would write who needs none of this (bare_loop.py): PEFT, AdamW, a loop; on rows padded to the
 longest of a batch, or laid end to end, where only attention goes row by row, by a registered attention function.
@@ -48,6 +49,7 @@ STAGES = {  # our script, TRL's, the rows that it reads, learning rate
 SIDES = {
     "ours": "ours",
     "trl": "trl",
+    "one_thread": "trl as it comes, one thread",
     "no_ckpt": "trl, no ckpt",
     "padded": "bare, padded",
     "unpadded": "bare, unpadded",
@@ -139,7 +141,7 @@ def command_of(folder: Path, stage: str, side: str, out: Path, seed: int, args) 
         start, flags["dataset_names"] = [sys.executable, ROOT / f"{script}.py"], folder / rows
     else:
         start, flags["dataset_name"] = [Path(sys.executable).with_name("trl"), stage], folder / rows
-        flags["num_cpu_threads_per_process"] = len(os.sched_getaffinity(0))
+        flags |= {"num_cpu_threads_per_process": len(os.sched_getaffinity(0))} if side != "one_thread" else {}
         flags |= {"lora_task_type": "SEQ_CLS"} if stage == "reward" else {}
         flags |= {"gradient_checkpointing": "false"} if side == "no_ckpt" else {}
     return [*start, *(word for name, value in flags.items() for word in (f"--{name}", value))]
@@ -176,7 +178,7 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
             log = out / "training_log.jsonl"
             text = log.read_text() if log.exists() else text
             counted = re.findall(r"num_tokens\W+([\d.e+]+)", text)
-            if side in ("ours", "trl", "no_ckpt") and abs(float((counted or [0])[-1]) / tokens - 1) > 0.01:
+            if side not in ("padded", "unpadded") and abs(float((counted or [0])[-1]) / tokens - 1) > 0.01:
                 print(f"{shape} {stage} {side}: its log has {counted[-1:]} tokens, not {tokens}", flush=True)
             found["train"] = float(re.findall(r"train_runtime\W+([\d.e+]+)", text)[-1])
             print(f"{shape} {stage} {SIDES[side]}: {json.dumps(found)}", flush=True)
@@ -259,7 +261,13 @@ def make_parser():
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["small"])
     add("--stages", nargs="*", choices=STAGES, default=list(STAGES))
-    add("--against", nargs="+", choices=SIDES, default=list(SIDES), help="the sides; the first is the ratio's")
+    add(
+        "--against",
+        nargs="+",
+        choices=SIDES,
+        default=[side for side in SIDES if side != "one_thread"],
+        help="the sides; the first is the one compared",
+    )
     add("--rows", type=Path, help="pairs that --dataset_names could name, as a file; without it, made-up text")
     add("--steps", type=int, help="of each run (small 12, 124M 2)")
     add("--repeats", type=int, help="runs of each side, of other seeds (small 3, 124M 1)")
