@@ -35,7 +35,7 @@ def row_by_row(module, query, key, value, attention_mask, scaling=None, dropout=
 transformers.AttentionInterface.register("row_by_row", row_by_row)
 
 
-def load(folder: Path, stage: str, attention: str = "sdpa"):
+def load(folder: Path, stage: str, attention: str):
     """The base of a stage."""
     auto_class, more = transformers.AutoModelForCausalLM, {}
     if stage == "reward":
@@ -127,12 +127,11 @@ def train(args) -> None:
 def held_out(args) -> None:
     """Prints the loss of each adapter on the held-out rows."""
     rows, losses = json.loads((args.folder / "tokens.json").read_text())["test"], []
+    batches = [Batch(rows[i : i + args.batch], args.stage, None) for i in range(0, len(rows), args.batch)]
     for adapter in args.adapters:
-        base = load(args.folder, args.stage)
-        model = peft.PeftModel.from_pretrained(base, adapter).eval()
+        model = peft.PeftModel.from_pretrained(load(args.folder, args.stage, "row_by_row"), adapter).eval()
         with torch.no_grad():
-            found = [Batch([row], args.stage, base.config.pad_token_id).loss(model, args.stage) for row in rows]
-        losses.append(statistics.mean(loss.item() for loss in found))
+            losses.append(statistics.mean(batch.loss(model, args.stage).item() for batch in batches))
     print(json.dumps(losses))
 
 

@@ -37,9 +37,9 @@ from bench import machine, record, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = ROOT / "benchmarks/bare_loop.py"
-SHAPES = {  # with the steps and the seeds that keep a default run short: minutes, a quarter of an hour
-    "small": ({"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 512}, 12, [0, 1, 2]),
-    "124M": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}, 2, [0]),
+SHAPES = {  # with the steps, repeats and held-out rows that keep a default run short: minutes, a quarter of an hour
+    "small": ({"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 512}, 12, 3, 64),
+    "124M": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}, 2, 1, 16),
 }
 STAGES = {  # our script, TRL's, the rows that it reads, learning rate
     "sft": ("sft_training", "sft", 2e-4),
@@ -184,7 +184,9 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
             print(f"{shape} {stage} {SIDES[side]}: {json.dumps(found)}", flush=True)
             runs[side].append(found)
             outs.append(out)
-    text, _ = watched([sys.executable, LOOP, folder, stage, "held_out", "--adapters", *outs], folder)
+    text, _ = watched(
+        [sys.executable, LOOP, folder, stage, "held_out", "--batch", args.batch, "--adapters", *outs], folder
+    )
     losses = json.loads(text.splitlines()[-1])
     lines, ours = [], None
     for i, (side, found) in enumerate(runs.items()):
@@ -231,10 +233,10 @@ def main(args):
         shape, folder, rows = args.prepare
         return prepare(Path(folder), SHAPES[shape][0], Path(rows), args)
     print(machine(), flush=True)
-    lines, asked = [], (args.steps, args.seeds)
+    lines, asked = [], (args.steps, args.repeats, args.held_out, args.seeds)
     for shape in args.shapes:
-        _, steps, seeds = SHAPES[shape]
-        args.steps, args.seeds = asked[0] or steps, asked[1] or list(range(args.repeats or len(seeds)))
+        args.steps, repeats, args.held_out = (a or b for a, b in zip(asked, SHAPES[shape][1:], strict=False))
+        args.seeds = asked[-1] or list(range(repeats))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if not args.rows:
@@ -274,7 +276,7 @@ def make_parser():
     add("--seeds", type=int, nargs="+", help="these seeds; by default 0, 1, 2...")
     add("--batch", type=int, default=8, help="rows of a step (8)")
     add("--max_length", type=int, default=256, help="longer rows are left out (256)")
-    add("--held_out", type=int, default=64, help="rows that the loss is computed on at the end (64)")
+    add("--held_out", type=int, help="rows that the loss is computed on at the end (small 64, 124M 16)")
     add("--growth", action="store_true", help="also our SFT on 1,000, 10,000 and 100,000 rows")
     add("--growth_rows", type=int, nargs="+", default=[1_000, 10_000, 100_000], help=argparse.SUPPRESS)
     add("--verbose", action="store_true", help="print all commands")
