@@ -184,9 +184,8 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
             print(f"{shape} {stage} {SIDES[side]}: {json.dumps(found)}", flush=True)
             runs[side].append(found)
             outs.append(out)
-    text, _ = watched(
-        [sys.executable, LOOP, folder, stage, "held_out", "--batch", args.batch, "--adapters", *outs], folder
-    )
+    evaluation = [sys.executable, LOOP, folder, stage, "held_out", "--batch", args.batch, "--adapters", *outs]
+    text, _ = watched(evaluation, folder)
     losses = json.loads(text.splitlines()[-1])
     lines, ours = [], None
     for i, (side, found) in enumerate(runs.items()):
@@ -210,8 +209,8 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
 
 
 def growth(folder: Path, args) -> list[dict]:
-    """Our SFT on more and more rows, as many steps of each."""
-    lines = []
+    """Our SFT on more and more rows, as many steps of each: five times a comparison's, as the rows drawn differ."""
+    lines, args = [], argparse.Namespace(**vars(args) | {"steps": 5 * args.steps})
     for count in args.growth_rows:
         made_up(folder / f"{count}.jsonl", count)
         out = folder / f"growth_{count}"
