@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
+OUT ?= saved/bench.md
 
-.PHONY: demo test test-slow test-resume test-engines bench-ppo flags lint format clean
+.PHONY: demo test test-slow test-resume test-engines bench bench-ppo flags lint format clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py --seed $(SEED)
@@ -23,6 +24,11 @@ test-resume: .venv/ready
 # and those of FSDP2 and DeepSpeed on two processes of this CPU, in an environment that has DeepSpeed
 test-engines: .venv-extra/ready
 	.venv-extra/bin/python -m pytest -s tests/slow/test_engines.py
+
+# an hour, on a machine that does nothing else: all benchmarks beside what others have, and one table in OUT;
+# ROWS=pairs.jsonl.gz for real rows in place of made-up ones
+bench: .venv/ready .venv-trl/ready
+	$(BIN)/python benchmarks/bench.py --out $(OUT) $(if $(ROWS),--rows $(ROWS))
 
 # a quarter of an hour: speed and memory of PPO beside TRL 1.12.0's, in a virtual environment of its own
 bench-ppo: .venv/ready .venv-trl/ready

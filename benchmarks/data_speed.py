@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from bench import record
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
     "the a boat harbour lamp gull asks whether tomorrow rain comes and who mends nets for sailors in winter".split()
@@ -86,10 +88,14 @@ def main(args):
                     f"{run['seconds']:>9.2f}{rows / run['seconds']:>9,.0f}{run['own']:>9.0f}{run['resident']:>9.0f}"
                 )
             print(line, flush=True)
+            for name, run in zip(("first run", "second run"), runs, strict=True):
+                what = f"data: {rows:,} rows, {name}"
+                record(args.record, what, seconds=run["seconds"], peak=run["resident"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 100_000, 200_000], help="sizes to measure")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--record", help=argparse.SUPPRESS)
     main(parser.parse_args())

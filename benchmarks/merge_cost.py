@@ -27,6 +27,8 @@ import threading
 import time
 from pathlib import Path
 
+from bench import record
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -141,6 +143,9 @@ def main(args):
                 f"{line:30s}{medians['seconds']:9.2f}{medians['verification']:20.2f}"
                 f"{medians['rss']:13.0f}{medians['private']:12.0f}"
             )
+            ours = {key: statistics.median(result[key] for result in runs[LINES[-1]]) for key in medians}
+            ratios = {"ratio": medians["seconds"] / ours["seconds"], "memory": ours["rss"] / medians["rss"]}
+            record(args.record, f"merge: {line}", **ratios, seconds=medians["seconds"], peak=medians["rss"])
 
 
 def make_parser():
@@ -150,6 +155,7 @@ def make_parser():
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each line")
     parser.add_argument("--folder", help="where to work; by default the system's temporary folder")
     parser.add_argument("--measure", choices=LINES, help=argparse.SUPPRESS)
+    parser.add_argument("--record", help=argparse.SUPPRESS)
     return parser
 
 

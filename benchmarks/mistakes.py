@@ -1,14 +1,19 @@
 """From typing to the message: seconds until each of twenty commands has ended, cold process, warm disk.
 
-python benchmarks/mistakes.py --repeats 7
+    python benchmarks/mistakes.py --repeats 7
+
+Then the same mistake and `--help` at TRL's own command line, in turn with ours.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from bench import record
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "--model_name_or_path gpt2 --output_dir saved/never --dataset_names demo"
@@ -37,27 +42,57 @@ COMMANDS = [  # script, flags, the most seconds it may take
 ]
 
 
+TRL = str(Path(sys.executable).with_name("trl"))
+BESIDE = {  # what is typed here and there
+    "an unknown flag": (f"{GOOD} --learning_rat 1", "--model_name_or_path gpt2 --dataset_name x --learning_rat 1"),
+    "--help": ("--help", "--help"),
+}
+
+
+def ended(words: list[str]) -> tuple[float, subprocess.CompletedProcess]:
+    """Seconds until a command has ended, and what it said."""
+    start = time.perf_counter()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    return time.perf_counter() - start, process
+
+
+def beside_trl(args):
+    for name, (ours, theirs) in BESIDE.items():
+        sides = {"ours": [sys.executable, "sft_training.py", *ours.split()], "trl": [TRL, "sft", *theirs.split()]}
+        seconds = {side: [] for side in sides}
+        for _ in range(args.repeats):
+            for side, words in sides.items():
+                took, process = ended(words)
+                assert (process.returncode == 0) == (name == "--help"), process.stderr
+                seconds[side].append(took)
+        medians = {side: statistics.median(all_of) for side, all_of in seconds.items()}
+        print(f"{name}: ours {medians['ours']:.2f} s, trl sft {medians['trl']:.2f} s")
+        for side, median in medians.items():
+            record(args.record, f"{name}: {side}", ratio=median / medians["ours"], seconds=median)
+
+
 def main(args):
     late = 0
     print("| median s | at most | command | says |\n|---|---|---|---|")
     for script, flags, limit in COMMANDS:
         seconds = []
         for _ in range(args.repeats):
-            start = time.perf_counter()
-            words = [sys.executable, f"{script}.py", *flags.split()]
-            process = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-            seconds.append(time.perf_counter() - start)
+            took, process = ended([sys.executable, f"{script}.py", *flags.split()])
+            seconds.append(took)
         assert process.returncode == (0 if "--help" in flags else 2), process.stderr
         says = (process.stderr or process.stdout).splitlines()[0]
         median, shown = statistics.median(seconds), flags.removeprefix(GOOD)[:50]
         late += median > limit
         print(f"| {median:.2f} | {limit} | {script}.py {shown} | {says[:80]} |")
     print(f"{late} of {len(COMMANDS)} later than they may")
+    beside_trl(args)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="runs of each command; the median is shown (7)")
+    parser.add_argument("--record", help=argparse.SUPPRESS)
     return parser
 
 

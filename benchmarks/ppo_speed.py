@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import record
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -225,6 +227,9 @@ def main(args):
                 median[who] = statistics.median(seconds), peak
                 runs = " ".join(f"{s:.2f}" for s in seconds)
                 print(f"{who:12}{median[who][0]:14.3f}{runs:>30}{peak:10.0f}")
+            for who, label in (("ours", "ours"), ("trl", "trl 1.12")):
+                ratios = {"ratio": median[who][0] / median["ours"][0], "memory": median["ours"][1] / median[who][1]}
+                record(args.record, f"{name} ppo: {label}", **ratios, seconds=median[who][0], peak=median[who][1])
             needed, rate = (results["floor"][0][key] for key in ("gflop", "gflops"))
             print(
                 f"ours is {median['trl'][0] / median['ours'][0]:.2f} x as fast with"
@@ -244,4 +249,5 @@ if __name__ == "__main__":
     parser.add_argument("--trl_python", default=str(ROOT / ".venv-trl/bin/python"), help="a Python with TRL 1.12.0")
     parser.add_argument("--measure", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--record", help=argparse.SUPPRESS)
     main(parser.parse_args())

@@ -1,8 +1,8 @@
 """A model inside TRL's trainers: what they ask of it, for less time and memory.
 
 Rows are laid end to end instead of padded (flat_rows.py). On a CPU in float32 LoRA layers compute as in
-fast_linear.py, and TRL's `fused_lm_head` scores the labelled tokens alone (token_logprobs.py): its own scores every position there,
-padding and prompts too.
+fast_linear.py, and TRL's `fused_lm_head` scores the labelled tokens alone (token_logprobs.py): its own scores every
+position there, padding and prompts too.
 """
 
 from functools import wraps
