@@ -16,6 +16,7 @@ from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
+from rlhf.runs.log import error_of
 from rlhf.runs.memory import fitted
 from rlhf.runs.soundness import check_saved
 
@@ -120,7 +121,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     trainer.lock.release()
     curves = ("loss", "accuracy", "margins", "rouge_avg")
     for key in (key for key in first if key.startswith("eval_") and key.endswith(curves)):
-        print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}")
+        print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}{error_of(last, key)}")
     if run["saved_checkpoint"]:
         best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
         print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")
