@@ -43,7 +43,7 @@ def make_parser() -> ToolParser:
     add("--validation_split_percentage", type=percent, default=5.0, help="as in training: prompts held out (5)")
     add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--ignore_columns", help="as in training: columns to do without, separated by commas")
-    add("--max_pairs_per_prompt", type=whole, default=10, help="as in training: at most so many of a ranking (10)")
+    add("--max_pairs_per_prompt", type=whole, help="as in training (all; 10 of a ranking)")
     add("--per_device_eval_batch_size", type=whole, default=32, help="rows at a time (32)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides the sampling (42)")
     return parser

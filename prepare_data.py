@@ -304,7 +304,7 @@ def make_parser() -> ToolParser:
     add("--max_eval_samples", type=whole, help="at most so many evaluation rows of a dataset")
     add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--ignore_columns", help="do without these columns: source,messages.tool_calls")
-    add("--max_pairs_per_prompt", type=whole, default=10, help="at most so many of a ranking (10)")
+    add("--max_pairs_per_prompt", type=whole, help="at most so many, by --seed (all; 10 of a ranking)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides sampling and order (42)")
     return parser
 

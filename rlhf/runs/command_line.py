@@ -49,8 +49,9 @@ class ScriptArguments:
     ignore_columns: str | None = field(
         default=None, metadata={"help": "Columns to do without, separated by commas: source,messages.tool_calls."}
     )
-    max_pairs_per_prompt: int = field(
-        default=10, metadata={"help": "At most so many pairs of one ranking, the clearest first."}
+    max_pairs_per_prompt: int | None = field(
+        default=None,
+        metadata={"help": "At most so many pairs of one prompt, drawn by --seed (all, but 10 of one ranking)."},
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
