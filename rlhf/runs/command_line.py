@@ -56,6 +56,10 @@ class ScriptArguments:
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
     )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System turn of rows that have none; the model keeps it for all later stages."},
+    )
     early_stopping_patience: int = field(
         default=0,
         metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model; 0 for never."},

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.models.shards import shape_of
+from rlhf.models.templates import split_template
 from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
@@ -19,6 +20,7 @@ from rlhf.runs.identity import PACKAGES
 from rlhf.runs.log import error_of
 from rlhf.runs.memory import fitted
 from rlhf.runs.soundness import check_saved
+from rlhf.user_error import visible
 
 
 def plan(trainer, data, dry_run: bool = False) -> str:
@@ -30,12 +32,15 @@ def plan(trainer, data, dry_run: bool = False) -> str:
     epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     work = getattr(trainer, "work", f"{epochs} of {batch} rows a step")
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
+    system = split_template(trainer.processing_class.chat_template)[0]
     rows = f"{counts['kept']} rows"
     rows += f" in {counts['examples']} examples" if counts["examples"] != counts["kept"] else ""
     return (
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}\n"
         f"plan: {work}, {trained:,} of {total:,} parameters trained,"
-        f" lr {args.learning_rate:g}" + (f"\n{fitted(trainer)}" if dry_run else "")
+        f" lr {args.learning_rate:g}"
+        + (f"\nsystem prompt of rows without one: {visible(system)[:200]!r}" if system else "")
+        + (f"\n{fitted(trainer)}" if dry_run else "")
     )
 
 
@@ -111,6 +116,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
         "base_revision": weights.name if weights and not Path(base).is_dir() else None,  # of the hub: its commit
         "base_sha256": trainer.identity["base weights"],
         "tokenizer_sha256": trainer.identity["tokenizer and template"],
+        "system_prompt": split_template(trainer.processing_class.chat_template)[0],
         "data": data,
         "metrics": {"first": first, "last": last},
         "saved_checkpoint": trainer.state.best_model_checkpoint if training_args.load_best_model_at_end else None,

@@ -141,6 +141,7 @@ RENAMED = {
     "enable_liger_kernel": "--use_liger_kernel",
     "finetuning_type": "nothing for lora, --no_use_peft for full",
     "use_unsloth": "nothing: the plain libraries are used",
+    "default_system": "--system_prompt",
     # names that hands type
     "num_epochs": "--num_train_epochs",
     "train_epochs": "--num_train_epochs",
@@ -158,7 +159,7 @@ NONE = {
     "the tokenizer of --model_name_or_path is used": "tokenizer tokenizer_name use_fast_tokenizer resize_vocab"
     " add_special_tokens per_digit_tokens",
     "the tokenizer's own chat template is used": "template system_prefix use_system_prefix use_system_tag"
-    " default_system tool_format system_property_dropout system_add_length enable_thinking",
+    " tool_format system_property_dropout system_add_length enable_thinking",
     "each stage is a script of its own, and says what it does": "stage task_type is_reward_model mode train_phase",
     "weights are always saved as safetensors": "save_safetensors",
     "--report_to tensorboard decides where it writes": "logging_dir log_dir",
