@@ -184,8 +184,8 @@ NONE = {
     " use_badam use_galore pissa_init loraplus_lr_ratio shift_attn simpo_gamma use_llama_pro",
     "transformers has dropped it": "past_index jit_mode_eval mp_parameters include_inputs_for_metrics"
     " ignore_bias_buffers",
-    "answers of held-out prompts: evaluate_model.py": "predict_with_generate generate_during_eval do_sample top_p"
-    " top_k num_beams",
+    "answers of held-out prompts: evaluate_model.py": "predict_with_generate generate_during_eval do_sample num_beams",
+    "answers are drawn by PPO alone, from the whole distribution, as its ratio of probabilities needs": "top_p top_k",
     "a trained value head is continued by itself": "reward_model_type value_model_path",
     "accuracies are always computed": "compute_accuracy metrics",
 }
