@@ -31,7 +31,8 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    revision, system_prompt = model_args.model_revision, script_args.system_prompt
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
     policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)

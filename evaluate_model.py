@@ -39,11 +39,12 @@ def make_parser() -> ToolParser:
     likeliest = "of the sampling; 0 takes the likeliest token (1)"
     add("--temperature", type=number(float, 0, 100), default=1.0, help=likeliest)
     add("--max_prompt_length", type=whole, help="longest prompt in tokens; longer ones lose their oldest turns first")
+    add("--system_prompt", help="the models' system turn for rows that have none (the one each was trained with)")
     add("--max_eval_samples", type=whole, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
     add("--validation_split_percentage", type=percent, default=5.0, help="as in training: prompts held out (5)")
     add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--ignore_columns", help="as in training: columns to do without, separated by commas")
-    add("--max_pairs_per_prompt", type=whole, default=10, help="as in training: at most so many of a ranking (10)")
+    add("--max_pairs_per_prompt", type=whole, help="as in training (all; 10 of a ranking)")
     add("--per_device_eval_batch_size", type=whole, default=32, help="rows at a time (32)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides the sampling (42)")
     return parser
@@ -79,6 +80,8 @@ def check(args) -> None:
         )
     if args.dataset_names and args.eval_dataset_names:
         raise UserError("give --dataset_names or --eval_dataset_names, not both")
+    if args.system_prompt is not None and not args.model_name_or_path:
+        raise UserError("--system_prompt is for models that answer: give --model_name_or_path, or leave it out")
     if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):
         raise UserError("--best_of needs a --model_name_or_path and a --reward_model_name_or_path that picks")
     if args.best_of > 1 and args.temperature == 0:
@@ -141,7 +144,7 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
     asked, size = split_names(args.model_name_or_path), {"batch_size": args.per_device_eval_batch_size}
     baseline, answers, measured = None, {}, {}
     for label, name in sorted(names.items(), key=lambda item: item[1] != args.baseline):
-        model = Contestant(name, label, args.response_length, args.max_prompt_length, device)
+        model = Contestant(name, label, args.response_length, args.max_prompt_length, device, args.system_prompt)
         baseline = model if name == args.baseline else baseline
         sampling = {
             "samples": args.best_of if name in asked else 1,

@@ -278,7 +278,7 @@ def show_with_model(train, report: dict, args):
     from rlhf.models.loading import load_tokenizer
     from rlhf.models.preview import limits, measure, show_row
 
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, system_prompt=args.system_prompt)
     allowed = limits(args.task, args.max_length, args.max_prompt_length)
     report["tokenized"], lengths = measure(train, args.task, tokenizer, **allowed)
     print(describe(report), lengths, sep="\n")
@@ -298,13 +298,14 @@ def make_parser() -> ToolParser:
     add("--model_name_or_path", help="count tokens, and show rows as this model will see them")
     add("--max_length", type=number(int, 2), default=1024, help="longest row in tokens, with a model (1024)")
     add("--max_prompt_length", type=whole, help="longest prompt in tokens, with a model")
+    add("--system_prompt", help="as in training, with a model: the system turn of rows that have none")
     add("--output_dir", type=Path, help="write train.jsonl and test.jsonl into this folder")
     add("--overwrite_output_dir", action="store_true", help="replace the rows in it")
     add("--validation_split_percentage", type=percent, default=5.0, help="prompts held out (5)")
     add("--max_eval_samples", type=whole, help="at most so many evaluation rows of a dataset")
     add("--max_bad_percentage", type=percent, default=5.0, help="stop above this share of broken rows (5)")
     add("--ignore_columns", help="do without these columns: source,messages.tool_calls")
-    add("--max_pairs_per_prompt", type=whole, default=10, help="at most so many of a ranking (10)")
+    add("--max_pairs_per_prompt", type=whole, help="at most so many, by --seed (all; 10 of a ranking)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="decides sampling and order (42)")
     return parser
 
@@ -315,6 +316,8 @@ def main(args):
         return
     check_names(args.task, args.dataset_names, args.eval_dataset_names)
     missing_path("model_name_or_path", args.model_name_or_path)
+    if args.system_prompt is not None and not args.model_name_or_path:
+        raise UserError("--system_prompt needs --model_name_or_path, whose template writes it: rows do not hold it")
     if args.output_dir:
         check_folder("--output_dir", args.output_dir)
     if args.output_dir and not args.overwrite_output_dir and any(args.output_dir.glob("*.jsonl")):

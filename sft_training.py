@@ -44,7 +44,8 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    revision, system_prompt = model_args.model_revision, script_args.system_prompt
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
     train, evals, data = load_datasets(
         script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
     )

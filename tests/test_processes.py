@@ -2,14 +2,16 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from rlhf.runs.named_evaluation import OwnBatches, pooled
+from rlhf.runs.named_evaluation import OwnBatches, pooled, standard_errors
 from tests.conftest import run_processes, run_script
 
+OF_PAIRS = {"sft": (), "reward": ("accuracy", "margin"), "dpo": ("rewards/accuracies", "rewards/margins")}
 SCRIPTS = {"sft": "sft_training", "reward": "reward_modeling", "dpo": "dpo_training"}
 
 
@@ -25,6 +27,14 @@ def test_each_row_is_evaluated_once_in_as_many_batches_everywhere(rows, size):
 def test_metrics_are_pooled_by_their_kind():
     values = [("loss", 1.0, 3), ("loss", 5.0, 1), ("min_reward", -2.0, 2), ("min_reward", 1.0, 2)]
     assert pooled(values) == {"loss": 2.0, "min_reward": -2.0}
+
+
+def test_errors_of_pairs_metrics_are_the_rows_own():
+    margins = [0.5, -0.1, 0.2, 0.0]  # a tie is no win
+    found = standard_errors(margins, {"accuracy": 0.5, "margin": 0.15, "loss": 1.0})
+    assert found == pytest.approx({"accuracy_se": (0.25 / 3) ** 0.5, "margin_se": statistics.stdev(margins) / 2})
+    assert set(standard_errors(margins, ["rewards/margins"])) == {"rewards/margins_se"}
+    assert standard_errors([0.5], ["accuracy"]) == standard_errors([], ["loss"]) == {}
 
 
 def metrics(folder):
@@ -47,6 +57,13 @@ def test_held_out_metrics_do_not_depend_on_the_batch(stage, base, saved, data, t
     for size in (1, 3, 8):
         run_script(SCRIPTS[stage], output_dir=tmp_path / str(size), **flags, per_device_eval_batch_size=size)
     assert any("eval_pairs_loss" in line for line in metrics(tmp_path / "1"))
+    logged = set().union(*metrics(tmp_path / "1"))
+    errors = {key.removesuffix("_se") for key in logged if key.endswith("_se")}
+    assert errors == {f"eval_pairs_{name}" for name in OF_PAIRS[stage]} and errors <= logged
+    run = json.loads((tmp_path / "1" / "run.json").read_text())
+    last, pairs = run["metrics"]["last"], run["data"]["evaluation"]["pairs"]["kept"]
+    for key in (key for key in errors if "accura" in key):  # of TRL's own mean, of which nothing else is known
+        assert last[f"{key}_se"] == pytest.approx((last[key] * (1 - last[key]) / (pairs - 1)) ** 0.5)
     assert_same(tmp_path / "3", tmp_path / "1")
     assert_same(tmp_path / "8", tmp_path / "1")
 

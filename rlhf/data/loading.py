@@ -19,7 +19,7 @@ def load_datasets(
     seed: int = 42,
     max_bad_percentage: float = 5.0,
     ignore_columns: str | None = None,
-    max_pairs_per_prompt: int = 10,
+    max_pairs_per_prompt: int | None = None,
 ) -> tuple["datasets.Dataset", dict[str, "datasets.Dataset"], dict]:  # noqa: F821 (imported where it is needed)
     """(train, {name: evaluation rows}, report) of `--dataset_names`, for "sft", "preference" or "prompt".
 
@@ -59,7 +59,7 @@ def load_held_out(
     max_eval_samples: int | None = None,
     max_bad_percentage: float = 5.0,
     ignore_columns: str | None = None,
-    max_pairs_per_prompt: int = 10,
+    max_pairs_per_prompt: int | None = None,
 ) -> tuple[dict[str, "datasets.Dataset"], dict]:  # noqa: F821
     """({name: evaluation rows}, report) of names: what a training run on them would hold out, and nothing to train on.
 
@@ -102,18 +102,18 @@ def check_names(task: str, *names: str | None) -> None:
     for text in (text for text in names if text is not None):
         found = parse_names(text)
         if not any(on_hub(name) for name in found):
-            resolve([text], task, None, 1)
+            resolve([text], task, None, None)
         for name in found:
             if not on_hub(name):
                 source_of(name)
 
 
-def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int):
+def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int | None):
     """For each comma list the sources that serve the task with what is wanted of them; and lines for the table.
 
     One dataset has one label in all lists; different ones that share a label get their folder's name before it.
     """
-    if max_pairs_per_prompt < 1:
+    if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise UserError(f"--max_pairs_per_prompt is {max_pairs_per_prompt}; give 1 or more")
     ignored = frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
     named = [names and [(source_of(name, ignored), name) for name in parse_names(names)] for names in lists]
@@ -130,7 +130,9 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
                     f"{name.name} is named twice\nname a dataset once; :0.5 or #5000 says how much of it to take"
                 )
             else:
-                ways = {"label": labels[source.origin], "ignored": ignored, "most_pairs": max_pairs_per_prompt}
+                ways = {"label": labels[source.origin], "ignored": ignored}
+                if (most := max_pairs_per_prompt) is not None:
+                    ways |= {"most_pairs": most, "max_pairs": min(most, source.max_pairs or most)}
                 usable[source.origin] = dataclasses.replace(source, **ways), name
         if pairs and not usable:
             able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))

@@ -14,7 +14,8 @@ from rlhf.data.sources import Source
 from rlhf.data.votes import by_pair
 from rlhf.user_error import UserError
 
-SAMPLE, ORDER, EVALUATE = 1, 2, 3  # salts: were sampling and order to share one, a sample would come first in the mix
+# salts: were sampling and order to share one, a sample would come first in the mix
+PAIRS, SAMPLE, ORDER, EVALUATE = 0, 1, 2, 3
 
 
 def earlier_with_same(keys):
@@ -41,7 +42,7 @@ def scramble(keys, seed: int, salt: int):
 class Part:
     """Rows of one prepared source with their hashes, and which of them are still in (`index`)."""
 
-    def __init__(self, source: Source, task: str, prepared):
+    def __init__(self, source: Source, task: str, prepared, seed: int):
         import numpy as np
 
         self.source, (self.rows, self.report) = source, prepared
@@ -60,8 +61,10 @@ class Part:
         elif task == "sft" and table.column("score").null_count < len(self.rows):
             self.drop("not its prompt's best answer", another)
         if task == "preference" and source.max_pairs:
-            cap = source.max_pairs
-            self.drop(f"more than {cap} pairs of a prompt", earlier_with_same(self.hash["prompt"][self.index]) >= cap)
+            drawn = np.argsort(scramble(self.of("row"), seed, PAIRS), kind="stable")
+            beyond = np.empty(len(self.index), bool)
+            beyond[drawn] = earlier_with_same(self.of("prompt")[drawn]) >= source.max_pairs
+            self.drop(f"more than {source.max_pairs} pairs of a prompt", beyond)
 
     def of(self, name: str):
         """The hashes of the rows that are still in."""
@@ -95,9 +98,9 @@ class Part:
         self.drop("not sampled", left_out, self.set_aside)
 
 
-def part_of(source: Source, task: str, side: str, max_bad_percentage: float) -> Part | None:
+def part_of(source: Source, task: str, side: str, max_bad_percentage: float, seed: int = 0) -> Part | None:
     prepared = prepare(source, task, side, max_bad_percentage)
-    return prepared and Part(source, task, prepared)
+    return prepared and Part(source, task, prepared, seed)
 
 
 def evaluation_part(source: Source, task: str, whole: bool, percentage: float, max_bad_percentage: float) -> Part:
@@ -140,7 +143,7 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
         )
     report = {"task": task, "seed": seed, "validation_split_percentage": percentage}
     report |= {"datasets": {}, "evaluation": {}, "notes": []}
-    trained = {source.label: part_of(source, task, "train", max_bad_percentage) for source, _ in train}
+    trained = {source.label: part_of(source, task, "train", max_bad_percentage, seed) for source, _ in train}
     empty = next((source for source, _ in train if trained[source.label] is None), None)
     if empty:
         raise UserError(

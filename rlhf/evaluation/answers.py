@@ -18,7 +18,8 @@ from rlhf.models.fingerprints import tokenizer_sha256, weights_sha256
 from rlhf.models.loading import load_frozen_policy, load_tokenizer, max_positions, resolve_model
 from rlhf.models.rendering import Unrenderable, encode_demonstration, encode_dialogue, encode_prompt
 from rlhf.models.rollout import generate, logits_of, read_answers, stop_ids
-from rlhf.user_error import UserError
+from rlhf.models.templates import split_template
+from rlhf.user_error import UserError, visible
 
 
 class Answer(NamedTuple):
@@ -34,10 +35,20 @@ class Contestant:
         UserError: if its positions leave no room for a prompt beside an answer of `response_length` tokens.
     """
 
-    def __init__(self, name: str, label: str, response_length: int, max_prompt_length: int | None, device="cpu"):
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        response_length: int,
+        max_prompt_length: int | None,
+        device="cpu",
+        system_prompt: str | None = None,
+    ):
         self.name, self.label, self.response_length = name, label, response_length
         self.refused = Counter()  # prompts that cannot be rendered, by reason
-        self.tokenizer = load_tokenizer(name)
+        self.tokenizer = load_tokenizer(name, system_prompt=system_prompt)
+        if system := split_template(self.tokenizer.chat_template)[0]:
+            print(f"{label}: system prompt of rows without one: {visible(system)[:200]!r}")
         self.policy = load_frozen_policy(name, self.tokenizer).to(device)
         self.stop_ids = stop_ids(self.policy, self.tokenizer)
         self.positions = max_positions(self.policy)

@@ -33,7 +33,7 @@ from rlhf.models.adapters import (
     resolve_adapters,
     task_of,
 )
-from rlhf.models.rendering import install_template
+from rlhf.models.rendering import install_template, set_system_prompt
 from rlhf.models.shards import shape_of
 from rlhf.models.templates import UNUSED_BYTE
 from rlhf.user_error import UserError
@@ -51,15 +51,17 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     return base, adapters[0] if adapters else None
 
 
-def load_tokenizer(name: str, revision: str = "main"):
+def load_tokenizer(name: str, revision: str = "main", system_prompt: str | None = None):
     """The tokenizer of a model or adapter folder (its base's where it has none), ready to train and to pad.
 
     It has a chat template (the plain one where the model has none), an `eos_token` that ends an answer, and a
     `pad_token` that no text contains and that is no stop token, so that padding never hides an EOS. Saved with the
-    model, it carries all three to the next stage.
+    model, it carries all three to the next stage, and the system prompt of rows without one, where there is one.
     """
     tokenizer = read_tokenizer(name, revision)
     install_template(tokenizer)
+    if system_prompt is not None:
+        set_system_prompt(tokenizer, system_prompt)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         tokenizer.add_special_tokens({"pad_token": _spare_token(tokenizer)})
     tokenizer.padding_side = "right"

@@ -20,11 +20,16 @@ from rlhf.models.templates import (
     shorten_prompt,
     text_ids,
     token_ids,
+    with_system_prompt,
 )
 from rlhf.processes import first_here_first
 from rlhf.user_error import UserError
 
 WHAT_TO_DO = "  raise --max_length where rows are too long, else mend the rows; prepare_data.py --preview shows them"
+NO_SYSTEM = (
+    "  give plain text; a model without a system turn needs it at the start of each row's prompt, or a turn for it in"
+    " its chat_template.jinja"
+)
 SAME = "chosen and rejected are the same tokens"  # speaks of a pair's annotators, not of a broken row
 
 
@@ -58,6 +63,23 @@ def install_template(tokenizer) -> None:
         encode_dialogue(tokenizer, PROBE[:1], PROBE[1:])
     except Unrenderable as error:
         raise UserError(f"the chat template cannot be trained on: {error}") from error
+
+
+def set_system_prompt(tokenizer, text: str) -> None:
+    """Give conversations without a system turn this one, by the template; an empty text takes an earlier one out.
+
+    Raises:
+        UserError: if it holds chat markup, or the template has no system turn.
+    """
+    text = text.strip()
+    try:
+        check_texts(tokenizer, [{"role": "text", "content": text}])
+        tokenizer.chat_template = with_system_prompt(tokenizer.chat_template, text)
+        shown = text in render(tokenizer, PROBE)
+    except Unrenderable as error:
+        raise UserError(f"--system_prompt: {error}\n{NO_SYSTEM}") from error
+    if not shown:
+        raise UserError(f"--system_prompt: the model's chat template leaves it out\n{NO_SYSTEM}")
 
 
 class PromptChanges(Unrenderable):

@@ -6,12 +6,13 @@ name of one (HTML's <s>, an <|im_end|>), that is encoded as plain letters, so th
 that was rendered already is refused: it would be trained on as a turn within a turn.
 """
 
+import json
 import os
 import re
 import signal
 import threading
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from os.path import commonprefix
 
 from jinja2 import TemplateError
@@ -41,6 +42,9 @@ PROBE = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "cont
 # A byte that UTF-8 never uses, as byte-level vocabularies (gpt2's) write it: no text has its token (but one with this
 # letter alone as a word, which is encoded as letters are).
 UNUSED_BYTE = "ÿ"
+# Before a template, on a line of its own: the system turn of conversations that have none. It goes where the tokenizer
+# goes, so later stages, evaluation, merged models and other programs have it too.
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': 'system', 'content': ", "}] + messages"
 SECONDS, BYTES = 10, 2**32  # a template's, for one conversation; real ones take a millisecond and some kilobytes
 RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 STATM = "/proc/self/statm"
@@ -74,10 +78,24 @@ def bounds():
         signal.signal(signal.SIGALRM, handler)
 
 
-def _apply(tokenizer, messages, add_generation_prompt=False) -> str:
+def split_template(template: str) -> tuple[str | None, str]:
+    """(the system prompt that `with_system_prompt` put before a template, or None; the template without it)."""
+    if not template.startswith(SYSTEM[0]):
+        return None, template
+    first, _, own = template.partition("\n")
+    return json.loads(first[len(SYSTEM[0]) : first.rindex(SYSTEM[1])]), own
+
+
+def with_system_prompt(template: str, text: str) -> str:
+    own = split_template(template)[1]  # the text's own line breaks are escaped
+    return f"{SYSTEM[0]}{json.dumps(text, ensure_ascii=False)}{SYSTEM[1]} %}}{{% endif %}}\n{own}" if text else own
+
+
+def _apply(tokenizer, messages, add_generation_prompt=False, template=None) -> str:
+    options = {"add_generation_prompt": add_generation_prompt, "chat_template": template}
     try:
         with bounds():
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TimeoutError, MemoryError) as error:
         limit = f"{SECONDS} s" if isinstance(error, TimeoutError) else f"{BYTES / 2**30:g} GiB"
         raise UserError(f"the chat template takes more than {limit} for a conversation: mend or replace it") from error
@@ -103,7 +121,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
                 raise
         # it wants the user first: what it makes after a user's turn, without that turn
         whole, opening = _apply(tokenizer, [PROBE[0], *messages], add_generation_prompt), _apply(tokenizer, PROBE[:1])
-        if not whole.startswith(opening):
+        if not whole.startswith(opening) or split_template(tokenizer.chat_template)[0]:  # which the opening would take
             raise Unrenderable("chat template: has no conversation that starts with the assistant")
         bos = tokenizer.bos_token or ""
         return (bos if bos and opening.startswith(bos) else "") + whole[len(opening) :]
@@ -116,13 +134,14 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 def _headers(tokenizer) -> tuple[str, str]:
     """What a template writes before a user's text and at the start of an answer."""
     first, second = PROBE[0]["content"], "And there?"
-    text = _apply(tokenizer, [*PROBE, {"role": "user", "content": second}])
-    answer, ended = PROBE[1]["content"], _apply(tokenizer, PROBE)
+    apply = partial(_apply, tokenizer, template=split_template(tokenizer.chat_template)[1])
+    text = apply([*PROBE, {"role": "user", "content": second}])
+    answer, ended = PROBE[1]["content"], apply(PROBE)
     if not all(said in text for said in (first, answer, second)):
         raise Unrenderable("chat template: it leaves out what is said")
     between, end = text.partition(answer)[2].partition(second)[0], ended.partition(answer)[2]
     between, before = between[len(commonprefix([between, end])) :], text.partition(first)[0]
-    closed, asked = (_apply(tokenizer, PROBE[:1], asks).partition(first)[2] for asks in (False, True))
+    closed, asked = (apply(PROBE[:1], asks).partition(first)[2] for asks in (False, True))
     return commonprefix([before[::-1], between[::-1]])[::-1], asked[len(commonprefix([closed, asked])) :]
 
 

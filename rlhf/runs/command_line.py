@@ -49,8 +49,9 @@ class ScriptArguments:
     ignore_columns: str | None = field(
         default=None, metadata={"help": "Columns to do without, separated by commas: source,messages.tool_calls."}
     )
-    max_pairs_per_prompt: int = field(
-        default=10, metadata={"help": "At most so many pairs of one ranking, the clearest first."}
+    max_pairs_per_prompt: int | None = field(
+        default=None,
+        metadata={"help": "At most so many pairs of one prompt, drawn by --seed (all, but 10 of one ranking)."},
     )
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their oldest turns first."}
@@ -58,6 +59,10 @@ class ScriptArguments:
     pad_rows: bool = field(
         default=False,
         metadata={"help": "Pad rows to a batch's longest and compute as plain TRL does, to the last digit; slower."},
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System turn of rows that have none; the model keeps it for all later stages."},
     )
     early_stopping_patience: int = field(
         default=0,

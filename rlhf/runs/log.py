@@ -90,7 +90,8 @@ class Progress(TrainerCallback):
         for name in CURVES:
             for key, value in named.items():
                 if key == name or is_held_out(key, name):
-                    shown.setdefault(key, f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}")
+                    text = f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}"
+                    shown.setdefault(key, text + error_of(named, key))
         shown = list(shown.values())
         if any(key.startswith("eval_") for key in named):
             self.bar.write(f"step {state.global_step}, held out: {', '.join(shown[:4])}")
@@ -132,6 +133,11 @@ def watch(trainer, patience: int = 0) -> None:
             log.draw()  # however it ends: Ctrl-C and errors reach no callback
 
     trainer.train = train_and_draw
+
+
+def error_of(metrics: dict, key: str) -> str:
+    """` +- 0.05`: the standard error of a held-out metric, where it is known."""
+    return f" +- {metrics[f'{key}_se']:.2g}" if f"{key}_se" in metrics else ""
 
 
 def short(name: str) -> str:

@@ -5,6 +5,7 @@ of processes.
 from contextlib import contextmanager
 from math import ceil
 
+import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
@@ -33,10 +34,15 @@ class OwnBatches:
 
 @contextmanager
 def alone(accelerator):
-    """TRL gathers the metrics of each batch from all processes; here a process keeps its own."""
-    accelerator.gather = accelerator.gather_for_metrics = lambda value, *args, **kwargs: value
+    """TRL gathers the metrics of each batch from all processes; here a process keeps its own.
+
+    Gives the list of what it gathers of rows: a reward model's scores, or DPO's chosen rewards, then the rejected.
+    """
+    rows = []
+    accelerator.gather = lambda value: rows.append(value) or value
+    accelerator.gather_for_metrics = lambda value, *args, **kwargs: value
     try:
-        yield
+        yield rows
     finally:
         del accelerator.gather, accelerator.gather_for_metrics
 
@@ -65,6 +71,19 @@ def pooled(values: list[tuple[str, float, int]]) -> dict[str, float]:
         else sum(value * weight for value, weight in of) / max(sum(weight for _, weight in of), 1)
         for name, of in found.items()
     }
+
+
+def standard_errors(margins: list[float], names) -> dict[str, float]:
+    """`accuracy_se` and the like: what the means of pairs' wins and margins would vary by, were other pairs drawn.
+
+    Args:
+        names: of all metrics; those are found of them that are of pairs.
+    """
+    margins = torch.tensor(margins, dtype=torch.float64)
+    values = dict.fromkeys(("margin", "rewards/margins"), margins)
+    values |= dict.fromkeys(("accuracy", "rewards/accuracies"), (margins > 0).double())
+    known = [name for name in values if name in names and len(margins) > 1]  # of one pair nothing is known
+    return {f"{name}_se": (values[name].std() / len(margins) ** 0.5).item() for name in known}
 
 
 class NamedEvaluation:
@@ -99,23 +118,28 @@ class NamedEvaluation:
         )
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        self._batches = []
+        self._batches, self._margins = [], []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        own = self._batches[: dataloader.batch_sampler.real]
-        metrics = pooled(gather_object([value for batch in own for value in batch]))
+        real = dataloader.batch_sampler.real
+        metrics = pooled(gather_object([value for batch in self._batches[:real] for value in batch]))
+        margins = gather_object([margin for batch in self._margins[:real] for margin in batch])
+        metrics |= standard_errors(margins, metrics)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with alone(self.accelerator):
+        with alone(self.accelerator) as gathered:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found, weights = self._metrics["eval"], weights_of(inputs)
         values = {name: values[-1] for name, values in found.items()}
         values["loss"] = (result[0] if return_outputs else result).item()
         rows = len(inputs["input_ids"])
         self._batches.append([(name, value, weights.get(name, rows)) for name, value in values.items()])
+        if gathered:
+            chosen, rejected = torch.cat([value.flatten().float() for value in gathered[:2]]).chunk(2)
+            self._margins.append((chosen - rejected).tolist())
         found.clear()  # TRL would log them under names of its own
         return result
 

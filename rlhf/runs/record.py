@@ -11,13 +11,16 @@ from accelerate import PartialState
 from rlhf.models.fingerprints import find_weights
 from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.models.shards import shape_of
+from rlhf.models.templates import split_template
 from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
 from rlhf.runs.identity import PACKAGES
+from rlhf.runs.log import error_of
 from rlhf.runs.memory import checkpointing_by_need, fitted
 from rlhf.runs.soundness import check_saved
+from rlhf.user_error import visible
 
 
 def plan(trainer, data, dry_run: bool = False) -> str:
@@ -29,11 +32,13 @@ def plan(trainer, data, dry_run: bool = False) -> str:
     epochs = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     work = getattr(trainer, "work", f"{epochs} of {batch} rows a step")
     dropped = "".join(f", {count} dropped: {reason}" for reason, count in counts["dropped"].items())
+    system = split_template(trainer.processing_class.chat_template)[0]
     rows = f"{counts['kept']} rows"
     rows += f" in {counts['examples']} examples" if counts["examples"] != counts["kept"] else ""
     lines = [
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}",
         f"plan: {work}, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}",
+        f"system prompt of rows without one: {visible(system)[:200]!r}" if system else "",
         checkpointing_by_need(trainer),
         fitted(trainer) if dry_run else "",
     ]
@@ -112,6 +117,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
         "base_revision": weights.name if weights and not Path(base).is_dir() else None,  # of the hub: its commit
         "base_sha256": trainer.identity["base weights"],
         "tokenizer_sha256": trainer.identity["tokenizer and template"],
+        "system_prompt": split_template(trainer.processing_class.chat_template)[0],
         "data": data,
         "metrics": {"first": first, "last": last},
         "saved_checkpoint": trainer.state.best_model_checkpoint if training_args.load_best_model_at_end else None,
@@ -122,7 +128,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     trainer.lock.release()
     curves = ("loss", "accuracy", "margins", "rouge_avg")
     for key in (key for key in first if key.startswith("eval_") and key.endswith(curves)):
-        print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}")
+        print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}{error_of(last, key)}")
     if run["saved_checkpoint"]:
         best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
         print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")

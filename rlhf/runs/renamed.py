@@ -158,6 +158,7 @@ RENAMED = {
     "enable_liger_kernel": "--use_liger_kernel",
     "finetuning_type": "nothing for lora, --no_use_peft for full",
     "use_unsloth": "nothing: the plain libraries are used",
+    "default_system": "--system_prompt",
     # names that hands type
     "num_epochs": "--num_train_epochs",
     "train_epochs": "--num_train_epochs",
@@ -175,7 +176,7 @@ NONE = {
     "the tokenizer of --model_name_or_path is used": "tokenizer tokenizer_name use_fast_tokenizer resize_vocab"
     " add_special_tokens per_digit_tokens end_of_conversation_token",
     "the tokenizer's own chat template is used": "template system_prefix use_system_prefix use_system_tag"
-    " default_system tool_format system_property_dropout system_add_length enable_thinking",
+    " tool_format system_property_dropout system_add_length enable_thinking",
     "each stage is a script of its own, and says what it does": "stage task_type is_reward_model mode train_phase",
     "weights are always saved as safetensors": "save_safetensors",
     "--report_to tensorboard decides where it writes": "logging_dir log_dir",
@@ -203,8 +204,8 @@ NONE = {
     " use_badam use_galore pissa_init loraplus_lr_ratio shift_attn simpo_gamma use_llama_pro",
     "transformers has dropped it": "past_index jit_mode_eval mp_parameters include_inputs_for_metrics"
     " ignore_bias_buffers",
-    "answers of held-out prompts: evaluate_model.py": "predict_with_generate generate_during_eval do_sample top_p"
-    " top_k num_beams",
+    "answers of held-out prompts: evaluate_model.py": "predict_with_generate generate_during_eval do_sample num_beams",
+    "answers are drawn by PPO alone, from the whole distribution, as its ratio of probabilities needs": "top_p top_k",
     "a trained value head is continued by itself": "reward_model_type value_model_path",
     "accuracies are always computed": "compute_accuracy metrics",
 }

@@ -215,6 +215,31 @@ def test_the_most_pairs_of_a_prompt_are_a_flag():
         load_datasets("a.jsonl", "preference", max_pairs_per_prompt=0)
 
 
+def test_pairs_that_lie_row_by_row_are_bounded_by_prompt_and_drawn_by_seed():
+    """Forty pairs of one prompt, two of each other; the seed draws for training alone."""
+    prompts = ["Rank?"] * 40 + [f"Prompt {i}?" for i in range(60) for _ in "ab"]
+    rows = [{"prompt": p, "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i, p in enumerate(prompts)]
+    write("a.jsonl", rows)
+
+    def drawn(seed, most, percentage=0):
+        options = {"seed": seed, "max_pairs_per_prompt": most, "validation_split_percentage": percentage}
+        train, evals, report = load_datasets("a.jsonl", "preference", **options)
+        return train, evals, report["datasets"]["a"]["dropped"], describe(report)
+
+    assert len(drawn(0, None)[0]) == 160
+    train, _, dropped, table = drawn(0, 4)
+    assert Counter(asked(train))["Rank?"] == 4 and len(train) == 124
+    assert dropped == {"more than 4 pairs of a prompt": 36} and "more than 4 pairs of a prompt 36" in table
+    chosen = [{row["chosen"][0]["content"] for row in drawn(seed, 4)[0] if row["prompt"][0]["content"] == "Rank?"}
+              for seed in (0, 0, 1)]  # fmt: skip
+    assert chosen[0] == chosen[1] != chosen[2] and chosen[0] != {f"Yes {i}." for i in range(4)}
+    (first, held, *_), (second, again, *_) = drawn(0, 1, 50), drawn(1, 1, 50)
+    assert sorted(asked(first)) == sorted(asked(second)) and len(first) + len(held["a"]) == 61
+    assert held["a"].to_list() == again["a"].to_list()
+    evals, _ = load_held_out("a.jsonl", "preference", max_pairs_per_prompt=1, validation_split_percentage=50)
+    assert evals["a"]["chosen"][:] == held["a"]["chosen"][:]
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

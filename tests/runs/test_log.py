@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf.runs.log import draw_curves, is_held_out, read_log
+from rlhf.runs.log import draw_curves, error_of, is_held_out, read_log
 
 
 def test_a_held_out_metric_belongs_to_the_longest_name_that_fits():
@@ -10,6 +10,12 @@ def test_a_held_out_metric_belongs_to_the_longest_name_that_fits():
     assert is_held_out("eval_hh_mean_token_accuracy", "mean_token_accuracy")
     assert not is_held_out("eval_hh_mean_token_accuracy", "accuracy") and not is_held_out("train_loss", "loss")
     assert is_held_out("eval_hh_scores", "objective/scores")
+
+
+def test_a_held_out_metric_is_shown_with_its_error_and_the_error_is_no_curve():
+    found = {"eval_hh_accuracy": 0.54, "eval_hh_accuracy_se": 0.0498, "eval_hh_loss": 0.7}
+    assert [error_of(found, key) for key in ("eval_hh_accuracy", "eval_hh_loss")] == [" +- 0.05", ""]
+    assert not is_held_out("eval_hh_accuracy_se", "accuracy")
 
 
 def test_curves_are_drawn_of_whatever_a_log_has(tmp_path):
