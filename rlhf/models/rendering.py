@@ -9,6 +9,8 @@ learns to stop.
 from collections import Counter
 from pathlib import Path
 
+from datasets.fingerprint import Hasher
+
 from rlhf.models.fingerprints import sha256_of
 from rlhf.models.templates import (
     PLAIN_TEMPLATE,
@@ -266,18 +268,22 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
             size = sum(len(ids) for column, ids in example.items() if column.endswith("ids"))
             yield example | {"problem": problem, "size": size, "source": row.get("dataset", name), "place": place}
 
-    def encode_batch(batch, places, code):  # `code` makes datasets' cache forget what other code has tokenised
+    def encode_batch(batch, places):
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         examples = [example for row, place in zip(rows, places, strict=True) for example in encode_row(row, place)]
         return {column: [example[column] for example in examples] for column in examples[0]}
 
+    # all that decides the result; datasets would read this closure with all that it reaches, for longer than it works
+    code = sha256_of(*sorted(Path(__file__).parent.glob("*.py")))
+    made_by = Hasher.hash((dataset._fingerprint, name, encode.__name__, sorted(limits.items()), tokenizer, code))
     columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
-    options["fn_kwargs"] = {"code": sha256_of(*sorted(Path(__file__).parent.glob("*.py")))}
     with first_here_first():  # one process writes the cache, the others read it
-        encoded = dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=columns, **options)
+        options |= {"with_indices": True, "remove_columns": columns, "new_fingerprint": made_by}
+        encoded = dataset.map(encode_batch, batched=True, **options)
         kept = encoded
         if any(encoded["problem"]):
-            kept = encoded.filter(lambda problem: not problem, input_columns="problem")
+            options = {"input_columns": "problem", "new_fingerprint": f"{made_by}kept"}
+            kept = encoded.filter(lambda problem: not problem, **options)
     dropped_of, tokens_of, places, shortened = {}, Counter(), set(), set()
     about = (encoded[column] for column in ("problem", "source", "size", "place", "shortened"))
     for problem, source, size, place, short in zip(*about, strict=True):
