@@ -136,3 +136,26 @@ def test_a_container_has_what_its_control_group_leaves(line, place, names, tmp_p
     assert measured_memory.cgroup_room() == 4000
     (folder / names[0]).write_text("max" if "::" in line else "9223372036854771712")
     assert measured_memory.cgroup_room() > 1e18
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpointing_is_turned_on_where_a_step_does_not_fit(stage, saved, base, data, tmp_path, monkeypatch, capsys):
+    """And only there, and not against the user's word; it says so, and the run then computes activations twice."""
+    flags = flags_of(stage, saved, base, data, tmp_path / "run") | {"max_steps": 1, "overwrite_output_dir": True}
+    train, on = Trainer.train, []
+
+    def watched(trainer, *args, **kwargs):
+        result = train(trainer, *args, **kwargs)
+        on.append(trainer.args.activation_checkpointing)
+        assert stage == "ppo" or trainer.model.is_activation_checkpointing == on[-1]  # PPO's module says no, always
+        return result
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    monkeypatch.setattr(memory, "room_of", lambda trainer: measured_memory.tensors_held() * 1.1)
+    for asked in ({}, {"gradient_checkpointing": False}):
+        run_script(STAGES[stage], **flags | asked)
+        assert ("gradient checkpointing is on: a step without it takes" in capsys.readouterr().out) == (not asked)
+    monkeypatch.setattr(memory, "room_of", lambda trainer: 1e12)
+    run_script(STAGES[stage], **flags)
+    assert "checkpointing is on" not in capsys.readouterr().out
+    assert on == [True, False, False]
