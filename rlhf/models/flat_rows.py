@@ -30,7 +30,9 @@ def flat_attention(module, query, key, value, attention_mask, row_lengths=None, 
     if query.device.type == "cuda":
         assert not dropout, "this attention has no dropout"
         return on_gpu(query, key, value, row_lengths, sliding_window, scaling), None
-    if query.dtype == torch.float32 and (sliding_window is None or max(row_lengths) <= sliding_window):
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+    near = sliding_window is None or max(row_lengths) <= sliding_window
+    if causal and near and query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, row_lengths, scaling, dropout), None
     outputs = []
@@ -51,8 +53,8 @@ class RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, lengths, scaling, drop):
-        output, kept, rest = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), [], value.shape[1]
-        ctx.lengths, ctx.scaling, ctx.drop, ctx.groups = lengths, scaling, drop, query.shape[1] // rest
+        output, kept = query.new_empty(query.transpose(1, 2).shape), []
+        ctx.lengths, ctx.scaling, ctx.drop, ctx.groups = lengths, scaling, drop, query.shape[1] // key.shape[1]
         for (q, k, v), o in zip(rows_of(ctx, query, key, value), output.split(lengths, dim=1), strict=True):
             if drop:
                 mask = torch.empty(q.shape[1], q.shape[2], q.shape[2], dtype=torch.bool).bernoulli_(1 - drop)
