@@ -263,6 +263,27 @@ def test_a_critics_head_learns_at_ten_times_the_policys_rate(saved, tmp_path, fl
     assert {rate for name, rate in rates if not name} == {1e-3}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_dora": True},
+        {"lora_modules_to_save": "lm_head"},
+        {"lora_modules_to_save": "wte"},
+        {"lora_target_modules": "c_attn,lm_head"},
+    ],
+)
+def test_a_critic_trains_what_has_a_gradient_whatever_the_policys_lora_is(saved, base, tmp_path, flags):
+    """Weights without one would stop a run on several processes."""
+    (tmp_path / "rewards.py").write_text(SHORT)
+    flags |= {"model_name_or_path": base, "reward_model_name_or_path": f"{tmp_path}/rewards.py:short"}
+    trainer = make_trainer(saved, tmp_path, **flags)
+    trainer.rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)], update=0)
+    trainer.compute_loss(trainer.model, trainer.micro_batch(0, 0)).backward()
+    critic = trainer.model.value_parameters()
+    assert len(critic) > 1 and all(p.grad is not None for p in critic.values())
+    assert not any(name.endswith("modules_to_save.value.weight") for name in critic)
+
+
 @pytest.mark.parametrize("flags", [{}, {"value_adapter": False}])
 def test_gradient_checkpointing_changes_nothing(saved, tmp_path, flags):
     logs = []
