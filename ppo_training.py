@@ -5,7 +5,7 @@ r"""Proximal policy optimization: let the policy answer, have the reward model j
         --output_dir=saved/gpt2_large_uc_ufb_hh_shp_ppo --dataset_names=uc,ufb,hh,shp
     accelerate launch ppo_training.py --config configs/ppo.yaml --kl_coef 0.1
 
-Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the value head beside it. The algorithm
+Reads prompts and writes a LoRA adapter on the base (SFT and PPO together) with the critic beside it. The algorithm
 is in rlhf/ppo.
 
 Watch `objective/scores` rise while `objective/kl` stays bounded (tens at most); `val/ratio` near 1; `val/eos_rate`

@@ -28,7 +28,7 @@ FLAGS = {
     "reward": "--num_train_epochs 1.5 --learning_rate 3e-3 --per_device_train_batch_size 32",
     "dpo": "--max_steps 120 --learning_rate 5e-4 --per_device_train_batch_size 16 --beta 0.5",
     "ppo": "--total_episodes 1280 --learning_rate 1e-3 --per_device_train_batch_size 64 --kl_coef 0.15"
-    " --response_length 48 --temperature 1.0 --missing_eos_penalty 1.0 --value_adapter --num_sample_generations 4",
+    " --response_length 48 --temperature 1.0 --missing_eos_penalty 1.0 --num_sample_generations 4",
     "report": "--best_of 8 --response_length 48 --per_device_eval_batch_size 128",
 }
 

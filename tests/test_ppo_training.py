@@ -63,8 +63,15 @@ def test_a_run_is_resumed_with_the_same_updates_and_critic(saved, data, tmp_path
     flags |= {"output_dir": tmp_path / "ppo", "response_length": 8, "eval_on_start": False, "save_steps": 1}
     run_script("ppo_training", max_steps=1, **flags)
     (tmp_path / "ppo" / "run.json").unlink()
-    for changed in ({"num_ppo_epochs": 2}, {"value_adapter": True}, {"num_mini_batches": 2}):
-        with pytest.raises(
-            UserError, match=f"started with other arguments or inputs:\n  {list(changed)[0]}: left out, and now"
-        ):
+    started = tmp_path / "ppo" / "started.json"
+    as_it_was = started.read_text()
+    for changed, text in (
+        ({"num_ppo_epochs": 2}, "num_ppo_epochs: left out, and now"),
+        ({"value_adapter": False}, "critic: a LoRA, and now left out"),
+        ({"num_mini_batches": 2}, "num_mini_batches: left out, and now"),
+        ({}, "critic: left out, and now a LoRA"),  # of a version whose default was a head
+    ):
+        if not changed:
+            started.write_text(as_it_was.replace('"critic"', '"other"'))
+        with pytest.raises(UserError, match=f"started with other arguments or inputs:\n  {text}"):
             run_script("ppo_training", max_steps=1, **(flags | changed))

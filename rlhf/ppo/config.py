@@ -79,12 +79,13 @@ class PPOConfig(TrainingArguments):
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the policy's entropy, which is rewarded."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value update."})
-    value_adapter: bool = field(
-        default=False, metadata={"help": "Give the critic a LoRA of its own: twice the passes, no shared gradients."}
+    value_adapter: bool | None = field(
+        default=None,
+        metadata={"help": "Give the critic a LoRA of its own, beside its head; by default where the policy has one."},
     )
     value_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the critic; by default learning_rate, ten times that for a head alone."},
+        metadata={"help": "Learning rate of the critic; by default learning_rate, and ten times that for its head."},
     )
     value_warmup_updates: int = field(
         default=0, metadata={"help": "First updates in which only the critic is trained (its head, or its LoRA too)."}

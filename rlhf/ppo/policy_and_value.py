@@ -24,10 +24,10 @@ from rlhf.user_error import UserError
 class PolicyAndValue(nn.Module):
     """The policy with a scalar value head on its last hidden state, or on that of an adapter of the critic's own."""
 
-    def __init__(self, policy, adapter: str, value_adapter: bool, score_weight=None):
+    def __init__(self, policy, adapter: str, score_weight=None):
         super().__init__()
-        self.policy, self.config = policy, policy.config
-        self.adapter, self.value_adapter = adapter, value_adapter
+        self.policy, self.config, self.adapter = policy, policy.config, adapter
+        self.value_adapter = "value" in getattr(policy, "peft_config", {})
         hidden_size = trunk_of(policy)(torch.zeros(1, 1, dtype=torch.long, device=policy.device))[0].shape[-1]
         self.value_head = nn.Linear(hidden_size, 1, bias=False)
         # a reward model's head already points to what makes an answer good
@@ -38,8 +38,8 @@ class PolicyAndValue(nn.Module):
     is_gradient_checkpointing = False
 
     def value_parameters(self) -> dict:
-        own = parameters_of(self.policy, "value") if self.value_adapter else {}
-        return {"value_head.weight": self.value_head.weight} | {f"policy.{name}": p for name, p in own.items()}
+        own = {f"policy.{n}": p for n, p in parameters_of(self.policy, "value").items() if p.requires_grad}
+        return {"value_head.weight": self.value_head.weight} | own
 
     def drop_policy_gradients(self) -> None:
         critics = {id(p) for p in self.value_parameters().values()}
@@ -96,12 +96,12 @@ def reference_of(policy, ppo) -> Reference:
 
 def prepare(policy, reference, reward, ppo, pad_rows: bool = False) -> None:
     """The critic's adapter; and in all models dropout off, and on a CPU the same numbers sooner."""
-    if ppo.value_adapter:
-        if not isinstance(policy, PeftModel):
-            raise UserError("--value_adapter needs a LoRA policy: leave out --no_use_peft")
+    if ppo.value_adapter and not isinstance(policy, PeftModel):
+        raise UserError("--value_adapter needs a LoRA policy: leave out --no_use_peft")
+    if ppo.value_adapter is not False and isinstance(policy, PeftModel):
         copy_adapter(policy, "reward" if "reward" in policy.peft_config else policy.active_adapters[0], "value")
-        for parameter in parameters_of(policy, "value").values():
-            parameter.requires_grad_(True)
+        for name, parameter in parameters_of(trunk_of(policy), "value").items():
+            parameter.requires_grad_("lora_" in name)  # an output layer's has no gradient, and embeddings are large
     for model in filter(None, (policy, reference, getattr(reward, "model", None))):
         for module in model.modules():
             if isinstance(module, nn.Dropout):

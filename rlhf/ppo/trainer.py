@@ -67,7 +67,7 @@ class PPOTrainer(Trainer):
         prepare(model, reference.model, reward_model, self.ppo, pad_rows)
         head = reward_model.head.weight if reward_model.same_tokens else None
         super().__init__(
-            model=PolicyAndValue(model, self.adapter, self.ppo.value_adapter, head),
+            model=PolicyAndValue(model, self.adapter, head),
             args=args,
             data_collator=list,
             train_dataset=train_dataset,
@@ -86,6 +86,7 @@ class PPOTrainer(Trainer):
         for other in (reference.model, *(getattr(reward_model, name, None) for name in ("model", "head"))):
             if other is not None:
                 other.to(self.args.device)
+        self.critic = "a LoRA" if self.model.value_adapter else None  # for what a resumed run must have
         self.kl_coef = args.kl_coef
         self.rollout = self._micro_step = None
         self._stopped, self.metrics = False, defaultdict(list)
@@ -94,15 +95,16 @@ class PPOTrainer(Trainer):
 
     def create_optimizer(self, *args):
         optimizer = super().create_optimizer(*args)
-        learning_rate = self.ppo.value_learning_rate
-        if learning_rate is None:  # a head alone has to follow the states of a policy that changes under it
-            learning_rate = self.args.learning_rate * (1 if self.ppo.value_adapter else 10)
-        critics = {id(p) for p in self.accelerator.unwrap_model(self.model).value_parameters().values()}
+        given, rate = self.ppo.value_learning_rate, self.args.learning_rate
+        adapter, head = (rate, 10 * rate) if given is None else (given, given)  # a head has a scale to find
+        critic = self.accelerator.unwrap_model(self.model).value_parameters()
+        rates = {id(p): head if name == "value_head.weight" else adapter for name, p in critic.items()}
         for group in list(optimizer.param_groups):
-            own = [p for p in group["params"] if id(p) in critics]
-            group["params"] = [p for p in group["params"] if id(p) not in critics]
-            if own:
-                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+            params, group["params"] = group["params"], [p for p in group["params"] if id(p) not in rates]
+            for learning_rate in sorted({*rates.values()}):
+                own = [p for p in params if rates.get(id(p)) == learning_rate]
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
         return optimizer
 
     def get_train_dataloader(self):

@@ -202,7 +202,7 @@ def entry(flag: dict) -> list[str]:
     """A flag's lines in the help: its name and kind, then what it does and its default."""
     choices, kind = flag.get("choices", ()), flag.get("kind", "text")
     kind = "|".join(choices) if 1 <= len(choices) <= 6 else kind
-    default = flag.get("default", False if kind == "bool" else None)
+    default = flag.get("default", False if kind == "bool" and not flag.get("optional") else None)
     default = " ".join(map(str, default)) if isinstance(default, list) else default
     text = f"{flag.get('help', '')} ({default})" if default not in (None, "") else flag.get("help", "")
     head = f"  --{flag['name']} {kind}" + (" ..." if flag.get("list") == "several" else "")

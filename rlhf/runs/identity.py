@@ -61,6 +61,7 @@ def identity_of(trainer, arguments, reward=None) -> dict:
         "settings of DeepSpeed": {name: config.get_value(name) for name in OF_DEEPSPEED} if config else None,
         "tokenizer and template": tokenizer_sha256(trainer.processing_class),
         "reward": reward.fingerprint() if reward else None,
+        "critic": getattr(trainer, "critic", None),
         "versions": {package: version(package) for package in PACKAGES},
     }
     return json.loads(json.dumps(parts, default=str))

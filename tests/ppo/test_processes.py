@@ -88,7 +88,9 @@ def test_two_processes_train_the_weights_of_one(runs, saved):
     """
     one, two, _ = runs
     start = load_file(Path(saved["sft"]) / ADAPTER)
-    start["value_head.weight"] = load_file(Path(saved["reward"]) / ADAPTER)["base_model.model.score.weight"]
+    reward = load_file(Path(saved["reward"]) / ADAPTER)
+    start["value_head.weight"] = reward["base_model.model.score.weight"]
+    start |= {f"policy.{name.replace('.weight', '.value.weight')}": weight for name, weight in reward.items()}
     for model in (ADAPTER, "value_head.safetensors"):
         ours, theirs = load_file(two / model), load_file(one / model)
         assert ours.keys() == theirs.keys()

@@ -92,7 +92,9 @@ def test_each_mini_batch_is_one_optimizer_step_and_the_first_ratio_is_one(saved,
     assert abs(first["objective/kl"]) < 1e-4 and first["episode"] == 8
     assert abs(first["val/ratio"] - 1) < 0.1 and first["val/num_eos_tokens"] == first["val/eos_rate"] * 8
     moved = [name for name, value in trained_state(trainer).items() if not torch.equal(value, before[name])]
-    assert set(moved) == set(before) and all("default" in name or "value_head" in name for name in moved)
+    assert set(moved) == set(before) and {"default", "value"} == {
+        name.split(".")[-2].removesuffix("_head") for name in moved
+    }
 
 
 def test_the_micro_batch_size_is_memory_only(saved, tmp_path):
@@ -147,7 +149,7 @@ def test_gradients_are_those_of_four_models_of_their_own(saved, tmp_path, subtes
     for value_adapter in (False, True):
         for checkpointing in (False, True):
             with subtests.test(value_adapter=value_adapter, checkpointing=checkpointing):
-                trainer = make_trainer(saved, tmp_path, **({"value_adapter": True} if value_adapter else {}))
+                trainer = make_trainer(saved, tmp_path, value_adapter=value_adapter)
                 assert "reward" in trainer.model.policy.peft_config  # all on one base
                 if checkpointing:
                     trainer.model.activation_checkpointing_enable()
@@ -215,7 +217,7 @@ def test_a_reward_adapter_on_the_policys_base_scores_as_on_its_own(saved, tmp_pa
 
 
 def test_full_training_and_a_critic_of_its_own_are_saved_and_resumed(saved, tmp_path):
-    for name, flags in (("full", {"use_peft": False}), ("critic", {"value_adapter": True})):
+    for name, flags in (("full", {"use_peft": False}), ("critic", {}), ("head", {"value_adapter": False})):
         flags |= {"max_steps": 2, "save_steps": 1, "adaptive_kl_target": 0.1, "adaptive_kl_horizon": 20}
         flags |= {"model_name_or_path": merged(saved["sft"], tmp_path / "sft")} if name == "full" else {}
         whole = make_trainer(saved, tmp_path / name, **flags)
@@ -244,23 +246,45 @@ def test_the_critic_alone_is_trained_while_it_warms_up(saved, tmp_path):
     before = trained_state(trainer)
     trainer.train()
     moved = {name for name, value in trained_state(trainer).items() if not torch.equal(value, before[name])}
-    assert moved == {"value_head.weight"}
-    rates = {len(group["params"]): group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]}
-    assert rates == {len(before) - 1: 1e-3, 1: 0.1}
+    assert moved == trainer.model.value_parameters().keys()
 
 
 @pytest.mark.parametrize(
-    ("flags", "rate"), [({}, 1e-2), ({"value_adapter": True}, 1e-3), ({"value_learning_rate": 0.1}, 0.1)]
+    ("flags", "adapter", "head"),
+    [({}, 1e-3, 1e-2), ({"value_adapter": False}, None, 1e-2), ({"value_learning_rate": 0.1}, 0.1, 0.1)],
 )
-def test_a_head_alone_learns_at_ten_times_the_policys_rate(saved, tmp_path, flags, rate):
+def test_a_critics_head_learns_at_ten_times_the_policys_rate(saved, tmp_path, flags, adapter, head):
     trainer = make_trainer(saved, tmp_path, **flags)
-    critics = set(map(id, trainer.model.value_parameters().values()))
-    for group in trainer.create_optimizer().param_groups:
-        for parameter in group["params"]:
-            assert group["lr"] == (rate if id(parameter) in critics else 1e-3)
+    critic = {id(parameter): name for name, parameter in trainer.model.value_parameters().items()}
+    rates = [(critic.get(id(p), ""), g["lr"]) for g in trainer.create_optimizer().param_groups for p in g["params"]]
+    assert len(rates) == len(trained_state(trainer)), "each parameter once"
+    assert {rate for name, rate in rates if name == "value_head.weight"} == {head}
+    assert {rate for name, rate in rates if ".value." in name} == {adapter} - {None}
+    assert {rate for name, rate in rates if not name} == {1e-3}
 
 
-@pytest.mark.parametrize("flags", [{}, {"value_adapter": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_dora": True},
+        {"lora_modules_to_save": "lm_head"},
+        {"lora_modules_to_save": "wte"},
+        {"lora_target_modules": "c_attn,lm_head"},
+    ],
+)
+def test_a_critic_trains_what_has_a_gradient_whatever_the_policys_lora_is(saved, base, tmp_path, flags):
+    """Weights without one would stop a run on several processes."""
+    (tmp_path / "rewards.py").write_text(SHORT)
+    flags |= {"model_name_or_path": base, "reward_model_name_or_path": f"{tmp_path}/rewards.py:short"}
+    trainer = make_trainer(saved, tmp_path, **flags)
+    trainer.rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)], update=0)
+    trainer.compute_loss(trainer.model, trainer.micro_batch(0, 0)).backward()
+    critic = trainer.model.value_parameters()
+    assert len(critic) > 1 and all(p.grad is not None for p in critic.values())
+    assert not any(name.endswith("modules_to_save.value.weight") for name in critic)
+
+
+@pytest.mark.parametrize("flags", [{}, {"value_adapter": False}])
 def test_gradient_checkpointing_changes_nothing(saved, tmp_path, flags):
     logs = []
     for checkpointing in (False, True):
@@ -271,7 +295,7 @@ def test_gradient_checkpointing_changes_nothing(saved, tmp_path, flags):
     torch.testing.assert_close(torch.tensor(logs[0]), torch.tensor(logs[1]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [{"bf16": True}, {"bf16": True, "value_adapter": True}, {}])
+@pytest.mark.parametrize("flags", [{"bf16": True}, {"bf16": True, "value_adapter": False}, {}])
 def test_answers_are_sampled_and_read_in_the_precision_of_training(saved, tmp_path, flags, monkeypatch):
     """With `--bf16`, and with `accelerate launch --mixed_precision bf16` alone; or the ratio would start off 1."""
     if not flags:
