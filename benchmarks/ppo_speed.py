@@ -5,7 +5,8 @@
 
 Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer
 length, epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own
-(the critic a LoRA too, the reward model merged); here they share the policy's base. Runs alternate, each in a process
+(the critic a LoRA too, the reward model merged); here they share the policy's base, and the critic is a LoRA or, in
+"head", a head alone. Runs alternate, each in a process
 of its own; medians are reported, and beside them the time that the matrix products of an update need at the rate at
 which this machine multiplies large matrices with the faster of torch's two libraries.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench import record
@@ -32,6 +34,10 @@ SHAPES = {
     "tiny": {
         "config": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
         "run": {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6},
+    },
+    "uniform": {  # prompts of one length, the kindest case for whoever pads
+        "config": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
+        "run": {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6, "length": 16},
     },
     "124M": {
         "config": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
@@ -69,16 +75,19 @@ def make(folder: Path, config: dict) -> None:
     classifier.merge_and_unload().save_pretrained(folder / "merged")
 
 
-def prompts(vocabulary: int, count: int) -> list[list[int]]:
-    """Prompts as skewed in length as people's are: a median of 16 tokens, cut at 64.
+def prompts(shape: dict) -> list[list[int]]:
+    """Prompts of one length, or as skewed in length as people's are: a median of 16 tokens, cut at 64.
 
     The first questions of HH's helpful-online test set have a median of about 15 tokens, quartiles of 11 and 24, and
     one in twenty above 150; whoever pads pays for the longest of a batch.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    run, generator = shape["run"], torch.Generator().manual_seed(0)
+    count = run["batch"] * run["updates"]
     lengths = torch.empty(count).log_normal_(2.77, 0.8, generator=generator).clamp(4, 64).long().tolist()
+    lengths = [run["length"]] * count if "length" in run else lengths
+    vocabulary = shape["config"]["vocab_size"]
     return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -105,7 +114,7 @@ def settings(folder: Path, run: dict, micro: int) -> dict:
     }
 
 
-def ours(folder: Path, shape: dict, micro: int):
+def ours(folder: Path, shape: dict, micro: int, value_adapter: bool = True):
     from datasets import Dataset
     from peft import get_peft_model
 
@@ -120,10 +129,10 @@ def ours(folder: Path, shape: dict, micro: int):
     tokenizer = load_tokenizer(str(folder / "base"))
     policy, peft_config = load_policy(model_args, tokenizer, 0)
     policy = get_peft_model(policy, peft_config)
-    rows = prompts(shape["config"]["vocab_size"], run["batch"] * run["updates"])
+    rows = prompts(shape)
     trainer = PPOTrainer(
         model=policy,
-        args=PPOConfig(**settings(folder, run, micro), eval_strategy="no"),
+        args=PPOConfig(**settings(folder, run, micro), eval_strategy="no", value_adapter=value_adapter),
         reward_model=load_reward(str(folder / "adapter"), tokenizer, model_args, policy),
         train_dataset=Dataset.from_dict({"prompt_ids": rows}),
         eval_dataset={},
@@ -149,16 +158,14 @@ def theirs(folder: Path, shape: dict, micro: int):
         ref_model=None,
         reward_model=AutoModelForSequenceClassification.from_pretrained(folder / "merged", num_labels=1),
         value_model=get_peft_model(critic, LoraConfig(task_type="SEQ_CLS", **LORA)),
-        train_dataset=Dataset.from_dict(
-            {"input_ids": prompts(shape["config"]["vocab_size"], run["batch"] * run["updates"])}
-        ),
+        train_dataset=Dataset.from_dict({"input_ids": prompts(shape)}),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )
 
 
 def measure(who: str, folder: Path, shape: dict, micro: int) -> None:
     """One run; prints the median seconds of its updates after the first, and its peak memory."""
-    trainer = {"ours": ours, "trl": theirs}[who](folder, shape, micro)
+    trainer = {"ours": ours, "head": partial(ours, value_adapter=False), "trl": theirs}[who](folder, shape, micro)
     ends, log = [], trainer.log
 
     def timed_log(*args, **kwargs):
@@ -206,13 +213,13 @@ def main(args):
             if args.measure == "floor"
             else measure(args.measure, folder, shape, args.micro or shape["run"]["batch"])
         )
-    pythons = {"ours": sys.executable, "trl": args.trl_python, "floor": sys.executable}
+    pythons = {"ours": sys.executable, "head": sys.executable, "trl": args.trl_python, "floor": sys.executable}
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), SHAPES[name]["config"])
             micro = args.micro or SHAPES[name]["run"]["batch"]
-            results = {"ours": [], "trl": [], "floor": []}
-            for who in [*["ours", "trl"] * args.repeats, "floor"]:
+            results = {"ours": [], "head": [], "trl": [], "floor": []}
+            for who in [*["ours", "head", "trl"] * args.repeats, "floor"]:
                 command = [pythons[who], __file__, "--measure", who, "--folder", folder, "--shapes", name]
                 done = subprocess.run([*command, "--micro", str(micro)], capture_output=True, text=True, cwd=folder)
                 if done.returncode:
@@ -221,20 +228,19 @@ def main(args):
             print(f"\n{name}: {SHAPES[name]['run']}, micro-batch {micro}, {args.repeats} runs each, alternating")
             print(f"{'':12}{'s an update':>14}{'(all runs)':>30}{'peak MB':>10}")
             median = {}
-            for who in ("trl", "ours"):
+            for who in ("trl", "ours", "head"):
                 seconds = [result["seconds"] for result in results[who]]
                 peak = statistics.median(result["peak"] for result in results[who])
                 median[who] = statistics.median(seconds), peak
                 runs = " ".join(f"{s:.2f}" for s in seconds)
                 print(f"{who:12}{median[who][0]:14.3f}{runs:>30}{peak:10.0f}")
-            for who, label in (("ours", "ours"), ("trl", "trl 1.12")):
+            for who, label in (("ours", "ours"), ("head", "ours, the critic a head alone"), ("trl", "trl 1.12")):
                 ratios = {"ratio": median[who][0] / median["ours"][0], "memory": median["ours"][1] / median[who][1]}
                 record(args.record, f"{name} ppo: {label}", **ratios, seconds=median[who][0], peak=median[who][1])
             needed, rate = (results["floor"][0][key] for key in ("gflop", "gflops"))
-            print(
-                f"ours is {median['trl'][0] / median['ours'][0]:.2f} x as fast with"
-                f" {median['ours'][1] / median['trl'][1]:.2f} of the memory"
-            )
+            for who, label in (("ours", "ours"), ("head", "with a head alone as its critic it")):
+                times, memory = median["trl"][0] / median[who][0], median[who][1] / median["trl"][1]
+                print(f"{label} is {times:.2f} x as fast with {memory:.2f} of the memory")
             print(
                 f"{needed:.1f} GFLOP of matrix products at {rate:.0f} GFLOPS: {needed / rate:.2f} s;"
                 f" ours takes {median['ours'][0] / (needed / rate):.2f} x that"
@@ -247,7 +253,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--micro", type=int, help="rows of a micro-batch; by default the whole batch")
     parser.add_argument("--trl_python", default=str(ROOT / ".venv-trl/bin/python"), help="a Python with TRL 1.12.0")
-    parser.add_argument("--measure", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["ours", "head", "trl", "floor"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--record", help=argparse.SUPPRESS)
     main(parser.parse_args())
