@@ -4,11 +4,15 @@ Padding costs what tokens cost: half of a batch of prompts and answers of mixed 
 than attention work a token at a time (models with layers that do not are padded). Attention is called here row by row
 on a CPU, where a matrix product takes as long as it has rows; on a GPU it is torch's attention over rows of varying
 lengths, in 16 bits on cards that have it, and rows are padded elsewhere: many small kernels cost more than padding.
+
+What a family does beside that (masks or biases of its own, attention to what follows, positions that it counts itself)
+is not listed here: a model reads rows end to end if it is seen to compute the same so.
 """
 
 from functools import wraps
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,8 +24,27 @@ FLAT = "flat_rows"
 ROW_BY_ROW = {"full_attention", "sliding_attention"}  # layers that reach other tokens through attention alone
 
 
-def flat_attention(module, query, key, value, attention_mask, row_lengths=None, sliding_window=None, **kwargs):
-    """Attention within each of the rows that lie end to end in (1, heads, tokens, width); sdpa if they do not."""
+def plain(model):
+    """The transformers model inside a PeftModel, its adapters in place."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trunk_of(model):
+    """The transformer without its head, of a causal model or a sequence classifier, with its adapters."""
+    model = plain(model)
+    return getattr(model, model.base_model_prefix)
+
+
+def flat_attention(
+    module, query, key, value, attention_mask, row_lengths=None, sliding_window=None, windows=None, **kwargs
+):
+    """Attention within each of the rows that lie end to end in (1, heads, tokens, width); sdpa if they do not.
+
+    Args:
+        windows: a list that takes down the windows that layers ask for.
+    """
+    if windows is not None:
+        windows.append(sliding_window)
     if row_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
@@ -109,9 +132,13 @@ def causal_softmax(query, key, scaling):
 
 
 def on_gpu(query, key, value, row_lengths, sliding_window, scaling):
-    """The same in one call of torch's kernel; 16-bit (1, heads, tokens, width) -> (1, tokens, heads, width)."""
+    """The same in one call of torch's kernel, in 16 bits; (1, heads, tokens, width) -> (1, tokens, heads, width).
+
+    Autocast does not know the kernel, and rotary positions leave queries and keys in float32 under it.
+    """
+    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
     ends = torch.tensor([0, *row_lengths], device=query.device).cumsum(0).to(torch.int32)
-    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    q, k, v = (states[0].transpose(0, 1).to(half).contiguous() for states in (query, key, value))
     return varlen_attn(
         q,
         k,
@@ -143,15 +170,48 @@ def use_flat_rows(model) -> None:
         and not any(isinstance(module, nn.Conv1d) for module in model.modules())
         and set(getattr(model.config.get_text_config(), "layer_types", None) or ()) <= ROW_BY_ROW
     ):
+        wanted, windows = probe(model), []
         model.set_attn_implementation(FLAT)
+        off = (probe(model, windows) - wanted).norm() / wanted.norm()
+        told = any(windows) == slides(model.config.get_text_config())  # the rows are shorter than most windows
+        if not told or not off < (1e-3 if model.dtype.itemsize == 4 else 5e-2):
+            model.set_attn_implementation("sdpa")
+
+
+def slides(config) -> bool:
+    """Whether layers attend to a window of tokens alone: by the mask, where a family does not tell its attention."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
+
+
+@torch.no_grad()
+def probe(model, windows: list | None = None):
+    """The last states of two short rows, padded, or if windows are to be taken down end to end: (tokens, hidden)."""
+    trunk, lengths, count = trunk_of(model), [5, 12], model.get_input_embeddings().num_embeddings
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(model.device)
+    ids = torch.arange(mask.numel(), device=model.device).view(mask.shape) % count
+    training, half = trunk.training, model.dtype if model.dtype.itemsize < 4 else torch.bfloat16
+    trunk.eval()
+    with torch.autocast("cuda", half, enabled=model.device.type == "cuda"):
+        if windows is None:
+            states = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state[mask]
+        else:
+            inputs = flat_inputs(ids[mask], lengths)
+            states = trunk(**inputs, windows=windows, use_cache=False).last_hidden_state[0]
+    trunk.train(training)
+    return states.float()
 
 
 def fits_gpu(model) -> bool:
     """Whether torch's attention over rows of varying lengths can be this model's on this GPU, in 16 bits."""
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # Mamba's, which pays no attention
+        return False
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
     dropout = any(getattr(config, name, 0) for name in ("attn_pdrop", "attention_dropout"))  # it has none
-    return torch.cuda.get_device_capability()[0] >= 8 and width % 8 == 0 and width <= 256 and not dropout
+    even = getattr(config, "v_head_dim", None) in (None, width)
+    return torch.cuda.get_device_capability()[0] >= 8 and width % 8 == 0 and width <= 256 and even and not dropout
 
 
 def is_flat(model) -> bool:

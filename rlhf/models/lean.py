@@ -12,8 +12,8 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.models.fast_linear import use_fast_linear
-from rlhf.models.flat_rows import fits_gpu, is_flat, read_flat, use_flat_rows
-from rlhf.models.rollout import is_plain_head, plain, trunk_of
+from rlhf.models.flat_rows import fits_gpu, is_flat, plain, read_flat, trunk_of, use_flat_rows
+from rlhf.models.rollout import is_plain_head
 from rlhf.models.token_logprobs import token_logprobs
 
 TOLERANCE = 1e-3  # of a log-probability, where the same function is computed in another order
@@ -36,7 +36,10 @@ def use_lean(model, device, half: bool) -> None:
 
 
 def score_labels_alone(model) -> None:
-    """Have a causal model that TRL gave its fused head score the labelled tokens alone, if it gives the same."""
+    """Have a causal model that TRL gave its fused head score the labelled tokens alone, if it gives the same.
+
+    Not where more is asked of TRL's head: DPO's `use_weighting` wants sums over the vocabulary.
+    """
     theirs = model.forward
 
     @wraps(type(model).forward)  # generation looks at it
@@ -63,7 +66,8 @@ def score_labels_alone(model) -> None:
     training, asked = model.training, {"input_ids": ids, "labels": ids, "fused_lm_head": True}
     model.eval()
     with torch.no_grad():
-        same = torch.allclose(theirs(**asked).log_probs, forward(model, **asked).log_probs, atol=TOLERANCE)
+        wanted, given = theirs(**asked), forward(model, **asked)
+    same = {*wanted} - {"loss"} <= {*given} and torch.allclose(wanted.log_probs, given.log_probs, atol=TOLERANCE)
     model.train(training)
     if same:  # or the model does more with its logits than the output layer
         model.forward = MethodType(forward, model)

@@ -7,27 +7,15 @@ on the neighbours in a batch.
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.models.fast_linear import product
-from rlhf.models.flat_rows import flat_inputs, is_flat
+from rlhf.models.flat_rows import flat_inputs, is_flat, plain, trunk_of
 from rlhf.models.token_logprobs import token_logprobs
 
 TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
-
-
-def plain(model):
-    """The transformers model inside a PeftModel, its adapters in place."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def trunk_of(model):
-    """The transformer without its head, of a causal model or a sequence classifier, with its adapters."""
-    model = plain(model)
-    return getattr(model, model.base_model_prefix)
 
 
 def stop_ids(policy, tokenizer) -> set[int]:

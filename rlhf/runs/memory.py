@@ -124,7 +124,8 @@ def sure_to_fit(trainer, room: float) -> bool:
     sides = [len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids"]
     tokens = len(row.get("prompt_ids", ())) * max(len(sides), 1) + sum(sides) + getattr(args, "response_length", 0)
     each = 4 * (64 * config.hidden_size * config.num_hidden_layers + 4 * config.vocab_size)  # bytes: twice the most
-    scores = config.num_attention_heads * config.num_hidden_layers * tokens * 16  # of attention, where all are kept
+    heads = getattr(config, "num_attention_heads", None) or 0  # Mamba has none
+    scores = heads * config.num_hidden_layers * tokens * 16  # of attention, where all are kept
     weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in trainer.model.parameters())
     return 2 * weights + args.per_device_train_batch_size * tokens * (each + scores) < room
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.models import fast_linear, flat_rows
-from rlhf.models.flat_rows import RowAttention, is_flat, on_gpu
+from rlhf.models.flat_rows import RowAttention, is_flat, on_gpu, trunk_of
 from rlhf.models.lean import use_lean
 from rlhf.models.rollout import plain
 from tests.models.test_architectures import FAMILIES
@@ -76,6 +76,57 @@ def test_a_lean_model_gives_what_a_padded_one_gives(family, task):
         )
     rest = [0, 2, 3]
     assert (not flat or torch.equal(before[rest], after[rest])) and not torch.allclose(before[1], after[1], atol=1e-4)
+
+
+def test_a_gpus_attention_gets_16_bits_where_rotary_positions_were_float32(monkeypatch):
+    kinds = []
+    query, value = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(flat_rows, "varlen_attn", lambda q, k, v, *_, **__: kinds.extend((q.dtype, k.dtype)) or v)
+    assert on_gpu(query, query, value, [2, 3], None, 1.0).dtype == torch.bfloat16 and set(kinds) == {torch.bfloat16}
+
+
+MOE = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
+MOE |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+OTHERS = [  # config class, settings, and whether its rows can lie end to end
+    ("Nemotron", {}, False),  # its attention does not hear of the rows
+    ("Qwen2Moe", MOE | WINDOW, False),  # nor, here, of its window
+    ("Doge", {"num_experts": 4}, False),  # a bias of its own in the mask
+    ("Bert", {}, False),  # attends to what follows
+    ("Phimoe", MOE | {"sliding_window": 8}, False),
+    ("Mistral", {"sliding_window": 8}, True),
+    ("DeepseekV3", MOE | MLA | {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1}, True),  # narrower values
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "flat"), OTHERS, ids=[case[0] for case in OTHERS])
+def test_rows_lie_end_to_end_only_where_a_model_computes_the_same_so(family, settings, flat):
+    config_class, llama = getattr(transformers, f"{family}Config"), FAMILIES["llama"][1]
+    config = config_class(**{**llama, "vocab_size": 64, "initializer_range": 0.2, "pad_token_id": 0, **settings})
+    torch.manual_seed(0)
+    model, batch = AutoModelForCausalLM.from_config(config).eval(), padded_batch()
+    for name, parameter in model.named_parameters():
+        if name.endswith("self_attn.A"):  # Doge's, which trains away from 0
+            nn.init.constant_(parameter, 1.0)
+    mask, lean = batch["attention_mask"].bool(), copy.deepcopy(model)
+    use_lean(lean, CPU, half=False)
+    assert is_flat(lean) == flat
+    with torch.no_grad():
+        theirs, ours = (trunk_of(one)(**batch, use_cache=False).last_hidden_state[mask] for one in (model, lean))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_dpo_weights_pairs_by_is_scored_as_trl_does():
+    """`use_weighting` asks for sums over the vocabulary, which ours does not make."""
+    config = transformers.LlamaConfig(**FAMILIES["llama"][1], vocab_size=64)
+    model, batch = AutoModelForCausalLM.from_config(config).eval(), padded_batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    asked = batch | {"labels": batch["input_ids"], "fused_lm_head": True}
+    with torch.no_grad():
+        theirs = model(**asked).log_sum_sq_probs
+        use_lean(model, CPU, half=False)
+        torch.testing.assert_close(model(**asked).log_sum_sq_probs, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "drop"), [(4, 0.3), (2, 0.3), (2, 0.0)])

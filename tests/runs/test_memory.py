@@ -2,12 +2,14 @@
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
+from rlhf.models.flat_rows import fits_gpu
 from rlhf.runs import measured_memory, memory, record
 from rlhf.runs.log import read_log
 from tests.conftest import run_script
@@ -159,3 +161,11 @@ def test_checkpointing_is_turned_on_where_a_step_does_not_fit(stage, saved, base
     run_script(STAGES[stage], **flags)
     assert "checkpointing is on" not in capsys.readouterr().out
     assert on == [True, False, False]
+
+
+def test_a_model_without_attention_is_sure_to_fit_too(monkeypatch):
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    trainer = SimpleNamespace(model=model, args=SimpleNamespace(per_device_train_batch_size=1))
+    monkeypatch.setattr(memory, "longest", lambda trainer, count: [{"input_ids": [1, 2, 3]}])
+    assert memory.sure_to_fit(trainer, 1e9) and not memory.sure_to_fit(trainer, 1e3)
+    assert not fits_gpu(model)  # nor is it asked for heads there
