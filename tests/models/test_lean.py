@@ -78,22 +78,14 @@ def test_a_lean_model_gives_what_a_padded_one_gives(family, task):
     assert (not flat or torch.equal(before[rest], after[rest])) and not torch.allclose(before[1], after[1], atol=1e-4)
 
 
-def test_a_gpus_attention_gets_16_bits_where_rotary_positions_were_float32(monkeypatch):
-    kinds = []
-    query, value = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8, dtype=torch.bfloat16)
-    monkeypatch.setattr(flat_rows, "varlen_attn", lambda q, k, v, *_, **__: kinds.extend((q.dtype, k.dtype)) or v)
-    assert on_gpu(query, query, value, [2, 3], None, 1.0).dtype == torch.bfloat16 and set(kinds) == {torch.bfloat16}
-
-
 MOE = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
 MOE |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
-WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 OTHERS = [  # config class, settings, and whether its rows can lie end to end
     ("Nemotron", {}, False),  # its attention does not hear of the rows
-    ("Qwen2Moe", MOE | WINDOW, False),  # nor, here, of its window
+    ("Qwen2Moe", MOE | {"use_sliding_window": True, "sliding_window": 8}, False),  # nor, here, of its window
     ("Doge", {"num_experts": 4}, False),  # a bias of its own in the mask
-    ("Bert", {}, False),  # attends to what follows
+    ("Bert", {}, True),  # attends to what follows
     ("Phimoe", MOE | {"sliding_window": 8}, False),
     ("Mistral", {"sliding_window": 8}, True),
     ("DeepseekV3", MOE | MLA | {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1}, True),  # narrower values
@@ -115,18 +107,6 @@ def test_rows_lie_end_to_end_only_where_a_model_computes_the_same_so(family, set
     with torch.no_grad():
         theirs, ours = (trunk_of(one)(**batch, use_cache=False).last_hidden_state[mask] for one in (model, lean))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_what_dpo_weights_pairs_by_is_scored_as_trl_does():
-    """`use_weighting` asks for sums over the vocabulary, which ours does not make."""
-    config = transformers.LlamaConfig(**FAMILIES["llama"][1], vocab_size=64)
-    model, batch = AutoModelForCausalLM.from_config(config).eval(), padded_batch()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
-    asked = batch | {"labels": batch["input_ids"], "fused_lm_head": True}
-    with torch.no_grad():
-        theirs = model(**asked).log_sum_sq_probs
-        use_lean(model, CPU, half=False)
-        torch.testing.assert_close(model(**asked).log_sum_sq_probs, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "drop"), [(4, 0.3), (2, 0.3), (2, 0.0)])
@@ -182,6 +162,13 @@ def test_attention_on_a_gpu_is_asked_for_the_same(heads, window, monkeypatch):
     torch.testing.assert_close(asked, ours)
 
 
+def test_a_gpus_attention_gets_16_bits_where_rotary_positions_were_float32(monkeypatch):
+    kinds = []
+    query, value = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(flat_rows, "varlen_attn", lambda q, k, v, *_, **__: kinds.extend((q.dtype, k.dtype)) or v)
+    assert on_gpu(query, query, value, [2, 3], None, 1.0).dtype == torch.bfloat16 and set(kinds) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("onednn", [False, True])
 def test_lora_with_dropout_drops_what_peft_drops(onednn, monkeypatch):
     if onednn and not fast_linear.ONEDNN:
@@ -205,3 +192,15 @@ def test_lora_with_dropout_drops_what_peft_drops(onednn, monkeypatch):
             torch.testing.assert_close(one, theirs, rtol=1e-4, atol=1e-4)
     model.eval()
     assert not torch.allclose(model(x), results[0][0], atol=1e-2)
+
+
+def test_what_dpo_weights_pairs_by_is_scored_as_trl_does():
+    """`use_weighting` asks for sums over the vocabulary, which ours does not make."""
+    config = transformers.LlamaConfig(**FAMILIES["llama"][1], vocab_size=64)
+    model, batch = AutoModelForCausalLM.from_config(config).eval(), padded_batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    asked = batch | {"labels": batch["input_ids"], "fused_lm_head": True}
+    with torch.no_grad():
+        theirs = model(**asked).log_sum_sq_probs
+        use_lean(model, CPU, half=False)
+        torch.testing.assert_close(model(**asked).log_sum_sq_probs, theirs, atol=1e-5, rtol=1e-5)
