@@ -62,7 +62,7 @@ def score_labels_alone(model) -> None:
 
     if not is_plain_head(model):
         return
-    ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8)[None] % len(model.get_input_embeddings().weight)
     training, asked = model.training, {"input_ids": ids, "labels": ids, "fused_lm_head": True}
     model.eval()
     with torch.no_grad():

@@ -204,3 +204,12 @@ def test_what_dpo_weights_pairs_by_is_scored_as_trl_does():
         theirs = model(**asked).log_sum_sq_probs
         use_lean(model, CPU, half=False)
         torch.testing.assert_close(model(**asked).log_sum_sq_probs, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_adapted_embeddings_have_a_size_too():
+    config = transformers.LlamaConfig(**FAMILIES["llama"][1], vocab_size=64)
+    model = AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(model)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"]))
+    use_lean(model, CPU, half=False)
+    assert is_flat(plain(model))
