@@ -199,7 +199,8 @@ def test_what_dpo_weights_pairs_by_is_scored_as_trl_does():
     config = transformers.LlamaConfig(**FAMILIES["llama"][1], vocab_size=64)
     model, batch = AutoModelForCausalLM.from_config(config).eval(), padded_batch()
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
-    asked = batch | {"labels": batch["input_ids"], "fused_lm_head": True}
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    asked = batch | {"labels": labels, "fused_lm_head": True}
     with torch.no_grad():
         theirs = model(**asked).log_sum_sq_probs
         use_lean(model, CPU, half=False)
