@@ -187,7 +187,9 @@ def slides(config) -> bool:
 @torch.no_grad()
 def probe(model, windows: list | None = None):
     """The last states of two short rows, padded, or if windows are to be taken down end to end: (tokens, hidden)."""
-    trunk, lengths, count = trunk_of(model), [5, 12], len(model.get_input_embeddings().weight)
+    trunk, count = trunk_of(model), len(model.get_input_embeddings().weight)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 12
+    lengths = [min(5, most), min(12, most)]
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(model.device)
     ids = torch.arange(mask.numel(), device=model.device).view(mask.shape) % count
     training, half = trunk.training, model.dtype if model.dtype.itemsize < 4 else torch.bfloat16

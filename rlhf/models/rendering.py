@@ -7,6 +7,7 @@ learns to stop.
 """
 
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 from datasets.fingerprint import Hasher
@@ -274,7 +275,8 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
         return {column: [example[column] for example in examples] for column in examples[0]}
 
     # all that decides the result; datasets would read this closure with all that it reaches, for longer than it works
-    code = sha256_of(*sorted(Path(__file__).parent.glob("*.py")))
+    code = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
+    code += [sha256_of(*sorted(Path(__file__).parent.glob("*.py")))]
     made_by = Hasher.hash((dataset._fingerprint, name, encode.__name__, sorted(limits.items()), tokenizer, code))
     columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
     with first_here_first():  # one process writes the cache, the others read it

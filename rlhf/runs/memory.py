@@ -134,7 +134,8 @@ def checkpointing_by_need(trainer) -> str:
     """Has activations computed twice if a step does not fit otherwise, and the user says nothing about it; a line that
     says so."""
     args, device = trainer.args, trainer.args.device
-    if not getattr(args, "checkpointing_by_need", False) or engine_of(trainer) != "ddp":
+    able = getattr(trainer.model, "policy", trainer.model).supports_gradient_checkpointing
+    if not (able and getattr(args, "checkpointing_by_need", False) and engine_of(trainer) == "ddp"):
         return ""
     room = room_of(trainer) * (0.9 if device.type == "cpu" else 0.7)  # what a GPU's allocator leaves unused varies
     if sure_to_fit(trainer, room):
