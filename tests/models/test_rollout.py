@@ -214,5 +214,6 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
 
 def test_only_the_likeliest_tokens_are_drawn():
     probabilities, every = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).expand(100, 4), (torch.arange(100) / 100)[:, None]
-    for (top_p, top_k), kept in {(0.6, None): {1, 3}, (1.0, 3): {1, 2, 3}, (0.01, None): {1}, (0.7, 2): {1, 3}}.items():
+    wanted = {(0.6, None): {1, 3}, (1.0, 3): {1, 2, 3}, (0.01, None): {1}, (0.7, 2): {1, 3}}
+    for (top_p, top_k), kept in wanted.items():
         assert set(draw(probabilities, every, top_p, top_k)[:, 0].tolist()) == kept
