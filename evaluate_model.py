@@ -18,10 +18,24 @@ Watch the intervals, not the means: at 200 prompts a win rate is known within 7 
 that was trained on data like these is no judge of anything else.
 """
 
+import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 from rlhf.user_error import ToolParser, UserError, check_folder, missing_path, number, run_tool
+
+
+def several(kind):
+    """A type for argparse: numbers of this kind, separated by commas, as they were typed."""
+
+    def read(text):
+        for part in text.split(","):
+            kind(part)
+        return text
+
+    read.__name__ = kind.__name__
+    return read
 
 
 def make_parser() -> ToolParser:
@@ -36,8 +50,10 @@ def make_parser() -> ToolParser:
     add("--output_dir", required=True, help="folder of the report and of the answers so far")
     add("--best_of", type=whole, default=1, metavar="N", help="also take N samples a prompt and pick the judge's best")
     add("--response_length", type=whole, default=128, help="longest answer in tokens (128)")
-    likeliest = "of the sampling; 0 takes the likeliest token (1)"
-    add("--temperature", type=number(float, 0, 100), default=1.0, help=likeliest)
+    likeliest = "of the sampling; 0 takes the likeliest token (1); several, as in 0.7,1.0, each give a column"
+    add("--temperature", type=several(number(float, 0, 100)), default="1", help=likeliest)
+    add("--top_p", type=several(number(float, 0, 1)), help="draw of the fewest tokens that hold this probability (1)")
+    add("--top_k", type=several(whole), help="draw of so many likeliest tokens (all)")
     add("--max_prompt_length", type=whole, help="longest prompt in tokens; longer ones lose their oldest turns first")
     add("--system_prompt", help="the models' system turn for rows that have none (the one each was trained with)")
     add("--max_eval_samples", type=whole, help="at most so many rows a dataset (200 prompts; 2000 pairs)")
@@ -63,6 +79,29 @@ def split_names(text: str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
+def names_of(args) -> dict[str, str]:
+    """{short label: name} of the models, the baseline first unless it is among those asked for."""
+    asked = split_names(args.model_name_or_path)
+    return labels_of(([] if args.baseline in asked else split_names(args.baseline)) + asked)
+
+
+def settings_of(args) -> dict[str, dict]:
+    """{what a label ends with: how answers are drawn}, each temperature with each top_p and top_k.
+
+    A label tells what varies; a setting holds top_p and top_k only where they are on.
+    """
+    texts = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    kinds = {"temperature": float, "top_p": float, "top_k": int}
+    values = {flag: list(dict.fromkeys(map(kinds[flag], split_names(text)))) or [None] for flag, text in texts.items()}
+    found = {}
+    for chosen in product(*values.values()):
+        setting = dict(zip(values, chosen, strict=True))
+        varies = [f" {flag.removeprefix('top_')[0]}{setting[flag]}" for flag in values if len(values[flag]) > 1]
+        off = (("top_p", None), ("top_p", 1), ("top_k", None))
+        found["".join(varies)] = {flag: value for flag, value in setting.items() if (flag, value) not in off}
+    return found
+
+
 MODELS = ("config.json", "adapter_config.json", "started.json")  # what tells the folder of a model or of a run
 
 
@@ -84,8 +123,16 @@ def check(args) -> None:
         raise UserError("--system_prompt is for models that answer: give --model_name_or_path, or leave it out")
     if args.best_of > 1 and not (args.model_name_or_path and args.reward_model_name_or_path):
         raise UserError("--best_of needs a --model_name_or_path and a --reward_model_name_or_path that picks")
-    if args.best_of > 1 and args.temperature == 0:
+    temperatures = [setting["temperature"] for setting in settings_of(args).values()]
+    if args.best_of > 1 and 0 in temperatures:
         raise UserError("--best_of with --temperature 0 would compare copies of one answer: sample at 1")
+    if 0 in map(float, split_names(args.top_p)):
+        raise UserError("--top_p 0 leaves no token: give above 0 to 1, or --temperature 0 for the likeliest token")
+    if 0 in temperatures and (args.top_p or args.top_k):
+        raise UserError(
+            "--temperature 0 takes the likeliest token, where --top_p and --top_k do nothing: leave them out,"
+            " or sample at 1"
+        )
     for flag in ("model_name_or_path", "baseline", "reward_model_name_or_path"):
         for name in split_names(getattr(args, flag)):
             missing_path(flag, name)
@@ -134,24 +181,25 @@ def load_judges(args, device) -> dict:
     return judges
 
 
-def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, device):
-    """Every model's answers to the rows' prompts, and what is measured of them: two {label: one entry a row}.
+def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], folder: Path, device):
+    """The answers of each column, {label: (model, setting)}, and what is measured of them: two {label: one a row}.
 
     The entry is None for a prompt that the model cannot read. One model is in memory at a time, beside the baseline.
     """
     from rlhf.evaluation.answers import Contestant, answer, measure
 
     asked, size = split_names(args.model_name_or_path), {"batch_size": args.per_device_eval_batch_size}
-    baseline, answers, measured = None, {}, {}
-    for label, name in sorted(names.items(), key=lambda item: item[1] != args.baseline):
-        model = Contestant(name, label, args.response_length, args.max_prompt_length, device, args.system_prompt)
+    shorts = {name: short for short, name in names_of(args).items()}
+    model, baseline, answers, measured = None, None, {}, {}
+    for label, (name, setting) in sorted(columns.items(), key=lambda item: item[1][0] != args.baseline):
+        if model is None or model.name != name:
+            model = None  # its memory goes before the next takes as much
+            lengths = args.response_length, args.max_prompt_length
+            model = Contestant(name, shorts[name], *lengths, device, args.system_prompt)
         baseline = model if name == args.baseline else baseline
-        sampling = {
-            "samples": args.best_of if name in asked else 1,
-            "temperature": args.temperature,
-            "seed": args.seed,
-        }
-        answers[label] = answer(model, rows, folder / "answers", **sampling, **size)
+        model.refused.clear()
+        samples = args.best_of if name in asked else 1
+        answers[label] = answer(model, rows, folder / "answers", samples=samples, seed=args.seed, **setting, **size)
         able = [i for i, made in enumerate(answers[label]) if made]
         refused = ", ".join(f"{reason} ({count})" for reason, count in model.refused.most_common(3))
         if not able:
@@ -159,10 +207,10 @@ def answer_all(args, names: dict[str, str], rows: list[dict], folder: Path, devi
         if refused:
             print(f"{label}: prompts left out: {refused}")
         firsts = [answers[label][i][0] for i in able]
-        found = measure(model, baseline, [rows[i] for i in able], firsts, args.temperature or 1.0, **size)
+        found = measure(model, baseline, [rows[i] for i in able], firsts, setting["temperature"] or 1.0, **size)
         found = dict(zip(able, found, strict=True))
         measured[label] = [found.get(i) for i in range(len(rows))]
-    return {label: answers[label] for label in names}, {label: measured[label] for label in names}
+    return {label: answers[label] for label in columns}, {label: measured[label] for label in columns}
 
 
 def command_of(args) -> str:
@@ -180,9 +228,15 @@ def evaluate_models(args, judges: dict, device, folder: Path) -> dict:
     rows, data = load_rows(args, "prompt", 200)
     make_folder(folder / "answers")
     asked = split_names(args.model_name_or_path)
-    names = labels_of(([] if args.baseline in asked else split_names(args.baseline)) + asked)
+    settings = settings_of(args)
+    columns = {
+        short + ending: (name, setting)
+        for short, name in names_of(args).items()
+        for ending, setting in list(settings.items())[: None if name in asked else 1]
+    }
+    names = {label: name for label, (name, _) in columns.items()}
     baseline = next((label for label, name in names.items() if name == args.baseline), None)
-    answers, measured = answer_all(args, names, rows, folder, device)
+    answers, measured = answer_all(args, columns, rows, folder, device)
     kept = [i for i in range(len(rows)) if all(made[i] for made in answers.values())]
     if not kept:
         raise UserError(f"no prompt is left that all of {', '.join(names.values())} can read")
@@ -196,7 +250,7 @@ def evaluate_models(args, judges: dict, device, folder: Path) -> dict:
     scores = judge_all(judges, rows, answers, args.per_device_eval_batch_size)
     best_of = {label: pick_best(label, scores) for label in names if args.best_of > 1 and names[label] in asked}
     for label, found in best_of.items():
-        path = folder / f"pairs_{label.replace('/', '_')}.jsonl"
+        path = folder / f"pairs_{re.sub('[/ ]', '_', label)}.jsonl"
         write_pairs(path, rows, answers[label], scores[found["picker"]][label])
     report = summarize(rows, answers, measured, scores, baseline)
     write_samples(folder / "samples.csv", rows, answers, scores, best_of)

@@ -372,6 +372,8 @@ def test_a_reward_model_that_is_right_and_one_that_has_no_opinion(rankings, judg
         ({"model_name_or_path": "m"}, "--dataset_names is missing"),
         ({"model_name_or_path": "m", "dataset_names": "demo", "best_of": 2}, "--best_of needs"),
         ({"baseline": "m", "reward_model_name_or_path": "r", "dataset_names": "demo"}, "--baseline needs"),
+        ({"model_name_or_path": "m", "dataset_names": "demo", "top_p": 0}, "--top_p 0 leaves no token"),
+        ({"model_name_or_path": "m", "dataset_names": "demo", "top_k": 5, "temperature": "0,1"}, "do nothing"),
         ({"model_name_or_path": "./nowhere", "dataset_names": "demo"}, "./nowhere"),
         ({"model_name_or_path": "m", "dataset_names": "demo", "votes": "none.jsonl"}, "--votes none.jsonl"),
         ({"model_name_or_path": "BASE", "eval_dataset_names": "DATA", "votes": "DATA"}, "a vote without 'left'"),
@@ -483,3 +485,14 @@ def test_the_pages_way_to_ask_an_adapter_answers_as_it_was_trained(base, data, t
     model = Contestant(str(folder), "sft", 8, None)
     prompt = model.prompt_ids([{"role": "user", "content": "Who mends nets?"}])
     assert said == model.sample([prompt], torch.zeros(1, 8), 0)[0].text
+
+
+def test_a_grid_gives_a_column_for_each_model_and_setting_and_draws_only_what_is_new(base, other, data, tmp_path):
+    flags = {"model_name_or_path": base, "baseline": other, "eval_dataset_names": f"{data}#4"}
+    _, plain = evaluate(tmp_path, **flags)
+    kept = set((tmp_path / "answers").iterdir())
+    report, samples = evaluate(tmp_path, **flags, top_p="1,0.5")
+    assert report["models"] == {"other p1.0": other, "base p1.0": base, "base p0.5": base}
+    assert [row["base p1.0"] for row in samples] == [row["base"] for row in plain]
+    assert [row["base p0.5"] for row in samples] != [row["base"] for row in plain]
+    assert kept < set((tmp_path / "answers").iterdir()) and len(list((tmp_path / "answers").iterdir())) == 3

@@ -81,7 +81,7 @@ class Contestant:
             self.refused[str(reason)] += 1
             return None
 
-    def sample(self, prompts: list[list[int]], noise, temperature: float) -> list[Answer]:
+    def sample(self, prompts: list[list[int]], noise, temperature: float, **narrow) -> list[Answer]:
         tokens = generate(
             self.policy,
             prompts,
@@ -89,6 +89,7 @@ class Contestant:
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_token_id,
             temperature=temperature,
+            **narrow,
         )[0]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
         return [Answer(ids, text, ids[-1] in self.stop_ids) for ids, text in zip(tokens, texts, strict=True)]
@@ -140,16 +141,17 @@ def stored_answers(path: Path) -> dict[tuple[str, int], Answer]:
     return found
 
 
-def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temperature, seed, batch_size):
+def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temperature, seed, batch_size, **narrow):
     """Each row's answers, `samples` of them, or None for a row whose prompt the model cannot render.
 
     They are appended to a file in the folder batch by batch, named by all that decides them, and read from there
-    by the next evaluation with the same settings.
+    by the next evaluation with the same settings; `narrow` has top_p and top_k where they are on.
 
     Raises:
         KeyboardInterrupt: with a message that says what there is.
     """
-    path = folder / f"{model.label.replace('/', '_')}_{model.fingerprint(temperature=temperature, seed=seed)}.jsonl"
+    fingerprint = model.fingerprint(temperature=temperature, seed=seed, **narrow)
+    path = folder / f"{model.label.replace('/', '_')}_{fingerprint}.jsonl"
     found = stored_answers(path)
     prompts = {prompt_key(row["prompt"]): model.prompt_ids(row["prompt"]) for row in rows}
     wanted = [(key, i) for key, ids in prompts.items() if ids for i in range(samples)]
@@ -161,9 +163,8 @@ def answer(model: Contestant, rows: list[dict], folder: Path, *, samples, temper
             for chosen in batches([len(prompts[key]) for key, _ in missing], batch_size, f"answers of {model.label}"):
                 places = [missing[i] for i in chosen]
                 noise = torch.stack([noise_for(seed, *place, model.response_length) for place in places])
-                for place, made in zip(
-                    places, model.sample([prompts[key] for key, _ in places], noise, temperature), strict=True
-                ):
+                sampled = model.sample([prompts[key] for key, _ in places], noise, temperature, **narrow)
+                for place, made in zip(places, sampled, strict=True):
                     found[place] = made
                     file.write(answer_line(place, made))
                 file.flush()

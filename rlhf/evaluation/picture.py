@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rlhf.evaluation.report import NAME, number
+from rlhf.evaluation.report import number, short
 
 
 def draw(report, path: Path) -> None:
@@ -26,10 +26,6 @@ def draw(report, path: Path) -> None:
             marks = [Line2D([], [], marker="o", color=c, label=short(label)) for label, c in colors_of(report).items()]
             figure.legend(handles=marks, loc="outside lower center", ncols=6, frameon=False)
         figure.savefig(path, dpi=100)
-
-
-def short(label: str) -> str:
-    return label if len(label) <= NAME else label[: NAME - 1] + "…"
 
 
 def colors_of(report) -> dict[str, str]:

@@ -23,6 +23,13 @@ PAGE = Template(
 )
 
 
+def short(label: str) -> str:
+    """A label of some NAME characters: the model gives way, not the sampling that comes after it."""
+    model, space, sampling = label.partition(" ")
+    room = max(NAME - len(space + sampling), 4)
+    return (model if len(model) <= room else model[: room - 1] + "…") + space + sampling
+
+
 def number(value, digits: int = 2) -> str:
     if value is None:
         return "-"
@@ -207,10 +214,10 @@ def samples_as_text(report) -> str:
     lines = [f"scores are by {', '.join(report['judges'])}", ""] if report["judges"] else []
     for sample in report["raw"]["samples"][:3]:
         lines += textwrap.wrap("Q: " + clipped(sample["prompt"][-1]["content"]), WIDTH)
-        name = min(NAME, max(map(len, sample["answers"])))
+        name = max(len(short(label)) for label in sample["answers"])
         for label, texts in sample["answers"].items():
             scores = "".join(f" {number(by_label[label][0], 1)}" for by_label in sample["scores"].values())
-            start = f"{label[:name]:<{name}}{scores}  "
+            start = f"{short(label):<{name}}{scores}  "
             lines += textwrap.wrap(start + (clipped(texts[0]) or "(empty)"), WIDTH, subsequent_indent=" " * (name + 2))
         lines.append("")
     return "\n".join(lines).strip()

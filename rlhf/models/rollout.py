@@ -149,8 +149,20 @@ def read_prompts(policy, prompts, pad_id: int):
     return trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1], mask, cache
 
 
+def draw(probabilities, quantile, top_p: float, top_k: int | None):
+    """A token a row at the quantile (rows, 1) of its top_k likeliest, and of these the fewest that hold top_p."""
+    likeliest, order = probabilities.sort(-1, descending=True, stable=True)
+    likeliest = likeliest[:, :top_k]
+    cumulative = likeliest.cumsum(-1)
+    last = (cumulative - likeliest < top_p * cumulative[:, -1:]).sum(-1, keepdim=True) - 1
+    place = torch.searchsorted(cumulative, quantile * cumulative.gather(-1, last), right=True)
+    return order.gather(-1, torch.minimum(place, last))
+
+
 @torch.no_grad()
-def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: float, value_head=None):
+def generate(
+    policy, prompts, noise, *, stop_ids, pad_id: int, temperature: float, top_p=1.0, top_k=None, value_head=None
+):
     """Sample an answer to each prompt; an answer ends with a stop token, or at full length without one.
 
     The sampling depends on nothing but the policy's logits, the temperature and the noise: no generation config.
@@ -159,10 +171,14 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
         prompts: token ids, a list for each prompt.
         noise: (prompts, response_length) uniform on [0, 1): the quantile that is drawn at each step.
         temperature: divides the logits; 0 takes the likeliest token.
+        top_p, top_k: draw of the likeliest tokens alone, as `draw` says; not for PPO, whose ratios and KL are of the
+            whole distribution, as the logprobs are that this returns.
         value_head: gives the values of the states from which tokens are drawn.
     Returns:
         answers (token ids, a list for each prompt), their logprobs and values, (rows, tokens), right-padded with 0.
     """
+    narrow = top_p < 1 or top_k is not None
+    assert value_head is None or not narrow, "PPO draws from the whole distribution"
     trunk, device = trunk_of(policy), policy.device
     stops = torch.tensor(sorted(stop_ids), device=device)
     noise = noise.to(device)
@@ -178,7 +194,9 @@ def generate(policy, prompts, noise, *, stop_ids, pad_id: int, temperature: floa
             hidden = trunk(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
             positions = positions + 1
         probabilities = logits_of(policy, hidden, temperature or 1.0).softmax(-1)
-        if temperature:
+        if temperature and narrow:
+            tokens = draw(probabilities, noise[rows, step, None], top_p, top_k)
+        elif temperature:
             cumulative = probabilities.cumsum(-1)
             # inverse transform sampling; times the total, which float32 leaves slightly off 1
             quantile = noise[rows, step, None] * cumulative[:, -1:]

@@ -62,8 +62,8 @@ def page_of(folder, answers: dict[str, list[list[str]]], scores=None, prompts=No
         "groups": {},
         "prompts": {},
         "data": {"notes": [], "evaluation": {"demo": {"held_out": False}}},
-        "settings": {"seed": 1, "output_dir": "saved/eval", "eval_dataset_names": "a.jsonl", "temperature": 1,
-                     "response_length": 8},
+        "settings": {"seed": 1, "output_dir": "saved/eval", "eval_dataset_names": "a.jsonl", "temperature": "1",
+                     "top_p": None, "top_k": None, "response_length": 8},
         "command": "python evaluate_model.py --output_dir=saved/eval",
         "raw": {"samples": samples_of(rows, made, scores or {})},
     }  # fmt: skip

@@ -18,7 +18,7 @@ def of_models(names, judge="judge"):
         "judges": [judge],
         "best_of": {},
         "data": {"notes": ["a note"]},
-        "settings": {"response_length": 8, "temperature": 0.5, "seed": 1},
+        "settings": {"response_length": 8, "temperature": "0.5", "top_p": None, "top_k": None, "seed": 1},
         "raw": {"words": {name: [7] for name in names}, "samples": []},
     }
 

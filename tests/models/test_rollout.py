@@ -11,7 +11,7 @@ from rlhf.models import fast_linear, token_logprobs
 from rlhf.models.fast_linear import use_fast_linear
 from rlhf.models.flat_rows import is_flat, use_flat_rows
 from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
-from rlhf.models.rollout import generate, last_states, logits_of, read_answers, score
+from rlhf.models.rollout import draw, generate, last_states, logits_of, read_answers, score
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +210,10 @@ def test_fast_lora_is_pefts_lora(policy, dora, products, monkeypatch):
         assert bool(fast) != dora and hasattr(model.get_output_embeddings(), "packed_weight") == (products == "packed")
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_only_the_likeliest_tokens_are_drawn():
+    probabilities, every = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).expand(100, 4), (torch.arange(100) / 100)[:, None]
+    wanted = {(0.6, None): {1, 3}, (1.0, 3): {1, 2, 3}, (0.01, None): {1}, (0.7, 2): {1, 3}}
+    for (top_p, top_k), kept in wanted.items():
+        assert set(draw(probabilities, every, top_p, top_k)[:, 0].tolist()) == kept
