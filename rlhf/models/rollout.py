@@ -151,7 +151,7 @@ def read_prompts(policy, prompts, pad_id: int):
 
 def draw(probabilities, quantile, top_p: float, top_k: int | None):
     """A token a row at the quantile (rows, 1) of its top_k likeliest, and of these the fewest that hold top_p."""
-    likeliest, order = probabilities.sort(-1, descending=True, stable=True)
+    likeliest, order = probabilities.sort(dim=-1, descending=True, stable=True)
     likeliest = likeliest[:, :top_k]
     cumulative = likeliest.cumsum(-1)
     last = (cumulative - likeliest < top_p * cumulative[:, -1:]).sum(-1, keepdim=True) - 1
