@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf.models.fast_linear import product
 from rlhf.models.flat_rows import flat_inputs, is_flat, plain, trunk_of
-from rlhf.models.token_logprobs import token_logprobs
+from rlhf.models.token_logprobs import parts, token_logprobs
 
 TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
 
@@ -93,11 +93,15 @@ def read_answers(policy, prompts, answers, pad_id: int, temperature: float, entr
     lengths = [len(answer) for answer in answers]
     states = answer_states(policy, prompts, answers, pad_id)
     tokens = torch.tensor([token for answer in answers for token in answer], device=states.device)
+    head = policy.get_output_embeddings()
     if is_plain_head(policy) and not entropy_grad:
-        logprobs, entropy, _ = token_logprobs(policy.get_output_embeddings(), states, tokens, temperature)
+        logprobs, entropy, _ = token_logprobs(head, states, tokens, temperature)
     else:
-        every = F.log_softmax(logits_of(policy, states, temperature), dim=-1)
-        logprobs, entropy = every.gather(-1, tokens[:, None])[:, 0], -(every.exp() * every).sum(-1)
+        found = []
+        for part in [slice(None)] if torch.is_grad_enabled() else parts(states, head.weight):
+            every = F.log_softmax(logits_of(policy, states[part], temperature), dim=-1)
+            found.append((every.gather(-1, tokens[part, None])[:, 0], -(every.exp() * every).sum(-1)))
+        logprobs, entropy = map(torch.cat, zip(*found, strict=True))
     logprobs, entropy = padded(logprobs, lengths), padded(entropy, lengths)
     return logprobs, entropy, length_mask(lengths, states.device), states
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlhf.models import fast_linear, token_logprobs
+from rlhf.models import fast_linear, rollout, token_logprobs
 from rlhf.models.fast_linear import use_fast_linear
 from rlhf.models.flat_rows import is_flat, use_flat_rows
 from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
@@ -217,3 +217,23 @@ def test_only_the_likeliest_tokens_are_drawn():
     wanted = {(0.6, None): {1, 3}, (1.0, 3): {1, 2, 3}, (0.01, None): {1}, (0.7, 2): {1, 3}}
     for (top_p, top_k), kept in wanted.items():
         assert set(draw(probabilities, every, top_p, top_k)[:, 0].tolist()) == kept
+
+
+def test_capped_logits_are_few_at_a_time_where_nothing_is_trained(monkeypatch):
+    """A large vocabulary times all answers of a batch would not fit; the values are those of all at once."""
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, final_logit_softcapping=1.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    asked = model, [[3, 4, 5], [6]], [[7, 8, 9], [10, 11]], 0, 0.7
+    whole, most, capped = read_answers(*asked), [], rollout.logits_of
+    monkeypatch.setattr(
+        rollout, "logits_of", lambda policy, some, t: most.append(len(some)) or capped(policy, some, t)
+    )
+    monkeypatch.setattr(token_logprobs, "AT_A_TIME", 128)
+    with torch.no_grad():
+        few = read_answers(*asked)
+    assert most == [2, 2, 1]
+    for a, b in zip(whole, few, strict=True):
+        torch.testing.assert_close(a, b)
