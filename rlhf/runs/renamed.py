@@ -206,8 +206,8 @@ NONE = {
     " num_of_sequences chars_per_token",
     "LoRA leaves all of the base as it is; on some layers alone: --lora_target_modules": "freeze_layer freeze_layers"
     " freeze_trainable_layers freeze_trainable_modules",
-    "a model is trained as it was built": "residual_dropout residual_dropout_lima superhot superhot_config rope_scaling"
-    " shift_attn fuse_gelu gpt_base_model seq2seqmodel",
+    "a model is trained as it was built": "residual_dropout residual_dropout_lima superhot superhot_config"
+    " rope_scaling shift_attn fuse_gelu gpt_base_model seq2seqmodel",
     "a score is read at an answer's last token": "pooling",
     "it does not exist here": "use_badam use_unsloth pissa_init loraplus_lr_ratio simpo_gamma use_llama_pro",
     "transformers has dropped it": "past_index jit_mode_eval mp_parameters include_inputs_for_metrics"
