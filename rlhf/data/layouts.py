@@ -64,8 +64,8 @@ def detect(row: dict, place: str) -> Layout:
     found = ", ".join(map(repr, with_value)) or "none"
     raise UserError(
         f"{place}: its keys ({found}) fit no known layout\n"
-        "known are prompt + completion; messages; text; prompt + chosen + rejected; prompt + responses; prompt;\n"
-        "others are in docs/data.md, under Local files. Rename the keys, or name those to do without in --ignore_columns"
+        "known are prompt + completion; messages; text; prompt + chosen + rejected; prompt + responses; prompt\n"
+        "others are in docs/data.md, under Local files; rename the keys, or do without by --ignore_columns"
     )
 
 
