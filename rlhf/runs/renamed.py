@@ -158,6 +158,7 @@ RENAMED = {
     "interleave_probs": "--dataset_names a:0.5,b#1000",
     "enable_liger_kernel": "--use_liger_kernel",
     "default_system": "--system_prompt",
+    "finetuning_type": "nothing for lora, --no_use_peft for full",
     "dataset_dir": "--dataset_names path/to/file.json",
     "use_galore": "--optim galore_adamw",
     # names that hands type
@@ -199,7 +200,7 @@ NONE = {
     " padding_value padding padding_side",
     "the loss lies on the assistant's turns (see --completion_only_loss)": "mask_input mask_response label_masking",
     "a key weight of 0 on an earlier answer says that it is not learned": "mask_history",
-    "LoRA is on; --no_use_peft trains all weights": "peft_model finetuning_type",
+    "LoRA is on; --no_use_peft trains all weights": "peft_model",
     "a split is found by its name: train, validation, test": "dataset_train_split",
     "rows are prepared once and cached on disk": "streaming dataset_streaming shuffle_buffer_size",
     "rows are shuffled, by --seed": "shuffle samples_mixing use_custom_sampler mix_strategy dataset_batch_size"
