@@ -54,18 +54,18 @@ def layout(*keys: str, regroup=None, when=None, unused: str = ""):
 
 
 def detect(row: dict, place: str) -> Layout:
-    """The layout of the row, or a UserError that lists its keys and those that are known."""
+    """The layout of the row, or a UserError that lists its keys and the usual ones."""
     with_value = [key for key, value in row.items() if not nothing(value)]  # tables have all columns in all rows
     for found in with_value, [key for key, value in row.items() if value is not None]:  # such as an empty prompt
         for candidate in LAYOUTS:
             if all(any(key in found for key in keys.split("|")) for keys in candidate.keys):
                 if candidate.when is None or candidate.when(row):
                     return candidate
-    known = "; ".join(" + ".join(entry.keys) for entry in LAYOUTS if entry.when in (None, only_asks))
     found = ", ".join(map(repr, with_value)) or "none"
     raise UserError(
-        f"{place}: its keys ({found}) fit no known layout\nknown are {known}\n"
-        "rename the keys to one of these, or name those to do without in --ignore_columns"
+        f"{place}: its keys ({found}) fit no known layout\n"
+        "known are prompt + completion; messages; text; prompt + chosen + rejected; prompt + responses; prompt\n"
+        "others are in docs/data.md, under Local files; rename the keys, or do without by --ignore_columns"
     )
 
 

@@ -28,7 +28,10 @@ from rlhf.models.templates import (
 from rlhf.processes import first_here_first
 from rlhf.user_error import UserError
 
-WHAT_TO_DO = "  raise --max_length where rows are too long, else mend the rows; prepare_data.py --preview shows them"
+WHAT_TO_DO = (
+    "  where rows are too long raise --max_length (a model's positions are its end), else mend the rows;"
+    " prepare_data.py --preview shows them"
+)
 NO_SYSTEM = (
     "  give plain text; a model without a system turn needs it at the start of each row's prompt, or a turn for it in"
     " its chat_template.jinja"

@@ -167,17 +167,17 @@ class StageParser:
         positive = key.removeprefix("no_")
         if key not in self.flags and self.flags.get(positive, {}).get("no"):
             return {positive: not convert({**self.flags[positive], "name": key}, given, where)}
-        if key not in self.flags and isinstance(given, dict):
+        if key not in self.flags and isinstance(given, dict) and key not in RENAMED and key not in NO_SUCH:
             raise UserError(f"{strange} {name}: our files are flat, without sections{self.inside(given)}")
         if key not in self.flags:
             raise UserError(f"{strange} {name[:60]}: {unknown(key, self.flags, self.others)}")
         return {key: convert(self.flags[key], given, where)}
 
     def inside(self, section: dict) -> str:
-        """What of the keys in a section a flat file would have, as far as a line holds it."""
+        """What of the keys in a section a flat file would have."""
         names = [f"{key} -> {RENAMED.get(key, key)}" for key in section if key in RENAMED or key in self.flags]
         names += [f"{key} -> none" for key in section if key in NO_SUCH]
-        return "".join(f"\n  {line}" for line in textwrap.wrap("; ".join(names), 110)[:2])
+        return "".join(f"\n  {line}" for line in textwrap.wrap("; ".join(names), 78))
 
     def help(self, everything: bool) -> str:
         """Ours first, then what people use, then, if asked for, all the others and those that are refused."""

@@ -41,7 +41,7 @@ RENAMED = {
     "dataset_test_split": "--eval_dataset_names, or --validation_split_percentage",
     "max_seq_length": "--max_length",
     "max_seq_len": "--max_length",
-    "max_completion_length": "--response_length",
+    "max_completion_length": "--max_length, of prompt and answer (PPO: --response_length)",
     "max_new_tokens": "--response_length",
     "lora_target_module": "--lora_target_modules",
     "gradient_checkpointing_use_reentrant": "--gradient_checkpointing_kwargs '{\"use_reentrant\": true}'",
@@ -56,7 +56,7 @@ RENAMED = {
     "kl_penalty": "--kl_estimator k1 or k3",
     "ppo_epochs": "--num_ppo_epochs",
     "steps": "--total_episodes",
-    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x processes",
+    "batch_size": "--per_device_train_batch_size (PPO's answers an update: that x accumulation x processes)",
     "mini_batch_size": "that batch divided by --num_mini_batches",
     "forward_batch_size": "--local_rollout_forward_batch_size",
     "log_with": "--report_to",
@@ -100,18 +100,19 @@ RENAMED = {
     "val_split": "--validation_split_percentage",
     "test_data_ratio": "--validation_split_percentage",
     "max_source_length": "--max_prompt_length",
+    "system_prefix": "--system_prompt",
+    "val_max_length": "--max_length",
     "max_generation_length": "--response_length",
     "experience_batch_size": "--local_rollout_forward_batch_size",
     "training_iteration": "--max_steps",
     "total_steps": "--max_steps",
-    "num_rollouts": "per_device_train_batch_size x gradient_accumulation_steps x processes",
+    "num_rollouts": "--per_device_train_batch_size x --gradient_accumulation_steps x processes",
     "chunk_size": "--local_rollout_forward_batch_size",
     "num_eval_prompts": "--max_eval_prompts",
     "group": "--packing",
     "enable_gradient_checkpointing": "--gradient_checkpointing",
     "lora_config": "--lora_r, --lora_alpha, --lora_dropout and --lora_target_modules",
     "peft_config": "--lora_r, --lora_alpha, --lora_dropout and --lora_target_modules",
-    "peft_model": "nothing: LoRA is on unless --no_use_peft",
     "int8_training": "--load_in_8bit",
     "load_8bit": "--load_in_8bit",
     "quantization": "--optim adamw_bnb_8bit (or --load_in_8bit for the weights)",
@@ -156,9 +157,10 @@ RENAMED = {
     "export_dir": "merge_peft_adapter.py --output_name",
     "interleave_probs": "--dataset_names a:0.5,b#1000",
     "enable_liger_kernel": "--use_liger_kernel",
-    "finetuning_type": "nothing for lora, --no_use_peft for full",
-    "use_unsloth": "nothing: the plain libraries are used",
     "default_system": "--system_prompt",
+    "finetuning_type": "nothing for lora, --no_use_peft for full",
+    "dataset_dir": "--dataset_names path/to/file.json",
+    "use_galore": "--optim galore_adamw",
     # names that hands type
     "num_epochs": "--num_train_epochs",
     "train_epochs": "--num_train_epochs",
@@ -175,38 +177,47 @@ RENAMED = {
 NONE = {
     "the tokenizer of --model_name_or_path is used": "tokenizer tokenizer_name use_fast_tokenizer resize_vocab"
     " add_special_tokens per_digit_tokens end_of_conversation_token",
-    "the tokenizer's own chat template is used": "template system_prefix use_system_prefix use_system_tag"
-    " tool_format system_property_dropout system_add_length enable_thinking",
+    "the tokenizer's own chat template is used": "template use_system_prefix use_system_tag"
+    " tool_format system_property_dropout system_add_length enable_thinking data_preprocess_type",
     "each stage is a script of its own, and says what it does": "stage task_type is_reward_model mode train_phase",
     "weights are always saved as safetensors": "save_safetensors",
     "--report_to tensorboard decides where it writes": "logging_dir log_dir",
-    "HF_HOME and HF_TOKEN in the environment say it": "cache_dir use_auth_token token env",
+    "HF_HOME and HF_TOKEN in the environment say it": "cache_dir use_auth_token token",
     "WANDB_PROJECT and WANDB_ENTITY in the environment say it": "project_name wandb_project wandb_entity",
     "the loss is the stage's own": "loss_fn poly_eps",
     "curves are always drawn: learning_curves.png": "plot_loss",
-    "prepared rows are cached, and made anew when they change": "overwrite_cache tokenized_path dataset_dir",
+    "prepared rows are cached, and made anew when they change": "overwrite_cache tokenized_path",
     "accelerate launch says it: --num_processes, --mixed_precision, --config_file": "device num_training_workers"
     " resources_per_worker accelerate_mode half_precision_backend fp16_backend fp16_opt_level use_ipex use_mps_device"
-    " xpu_backend tpu_num_cores tpu_metrics_debug ray_scope ray_num_workers master_port devices num_processes gpus"
-    " accelerate_config",
+    " xpu_backend tpu_num_cores tpu_metrics_debug ray_scope ray_num_workers num_processes accelerate_config",
+    "accelerate launch says it: --main_process_port": "master_port",
+    "the environment says it: CUDA_VISIBLE_DEVICES=0,1 before the command": "devices gpus env",
     "PPO computes it of its other flags": "local_batch_size micro_batch_size local_mini_batch_size num_total_batches"
     " world_size backward_batch_size",
     "the reference is a frozen copy of the starting point": "ref_model ref_model_name_or_path force_use_ref_model"
     " ref_model_init_kwargs reference_free ref_model_adapters",
     "prompts are shortened, answers never": "truncation truncation_side max_target_length label_pad_token_id"
     " padding_value padding padding_side",
-    "the loss lies on the assistant's turns (see --completion_only_loss)": "mask_input mask_response label_masking"
-    " mask_history",
+    "the loss lies on the assistant's turns (see --completion_only_loss)": "mask_input mask_response label_masking",
+    "a key weight of 0 on an earlier answer says that it is not learned": "mask_history",
+    "LoRA is on; --no_use_peft trains all weights": "peft_model",
+    "a split is found by its name: train, validation, test": "dataset_train_split",
+    "rows are prepared once and cached on disk": "streaming dataset_streaming shuffle_buffer_size",
     "rows are shuffled, by --seed": "shuffle samples_mixing use_custom_sampler mix_strategy dataset_batch_size"
-    " num_of_sequences chars_per_token streaming dataset_streaming dataset_train_split shuffle_buffer_size",
-    "it does not exist here (all layers or a LoRA are trained)": "freeze_layer freeze_layers freeze_trainable_layers"
-    " freeze_trainable_modules residual_dropout residual_dropout_lima pooling superhot superhot_config rope_scaling"
-    " use_badam use_galore pissa_init loraplus_lr_ratio shift_attn simpo_gamma use_llama_pro",
+    " num_of_sequences chars_per_token",
+    "LoRA leaves all of the base as it is; on some layers alone: --lora_target_modules": "freeze_layer freeze_layers"
+    " freeze_trainable_layers freeze_trainable_modules",
+    "a model is trained as it was built": "residual_dropout residual_dropout_lima superhot superhot_config"
+    " rope_scaling shift_attn fuse_gelu gpt_base_model seq2seqmodel",
+    "a score is read at an answer's last token": "pooling",
+    "it does not exist here": "use_badam use_unsloth pissa_init loraplus_lr_ratio simpo_gamma use_llama_pro",
     "transformers has dropped it": "past_index jit_mode_eval mp_parameters include_inputs_for_metrics"
     " ignore_bias_buffers",
     "answers of held-out prompts: evaluate_model.py": "predict_with_generate generate_during_eval do_sample num_beams",
-    "answers are drawn by PPO alone, from the whole distribution, as its ratio of probabilities needs": "top_p top_k",
-    "a trained value head is continued by itself": "reward_model_type value_model_path",
+    "answers are drawn by PPO alone, from the whole distribution, as its ratio of probabilities needs": "top_p",
+    "of ranked replies it is --dataset_names oasst1@en+top2; PPO draws from the whole distribution": "top_k",
+    "a trained value head is continued by itself": "value_model_path",
+    "the folder of --reward_model_name_or_path says what it is": "reward_model_type",
     "accuracies are always computed": "compute_accuracy metrics",
 }
 NO_SUCH = {name: reason for reason, names in NONE.items() for name in names.split()}
