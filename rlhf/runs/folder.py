@@ -3,7 +3,6 @@
 `started.json` says which run a folder belongs to (identity.py), `run.json` that it is complete (record.py).
 """
 
-import json
 import os
 import platform
 import time
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.models.adapters import check_apart
 from rlhf.processes import by_first, check_common, exchange
-from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest
+from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest, read_whole
 from rlhf.runs.identity import STARTED, check_same, identity_of, read_started, start
 from rlhf.runs.log import say
 from rlhf.user_error import UserError
@@ -109,7 +108,7 @@ def unfinished(folder: Path, go_on: bool) -> str | None:
     if not folder.is_dir() or all(path.name in TRACES for path in folder.iterdir()):
         return None
     started = read_started(folder)
-    if started is None or finished(folder, started["run_id"]):
+    if started is None or (read_whole(folder / RUN) or {}).get("run_id") == started["run_id"]:
         what = "is not empty" if started is None else "holds a finished run"
         raise UserError(
             f"{folder} {what}: choose another --output_dir, or add --overwrite_output_dir to train into it anew"
@@ -127,14 +126,6 @@ def unfinished(folder: Path, go_on: bool) -> str | None:
         return None
     say(f"{folder} holds an interrupted run: continuing from {checkpoint.name}")
     return str(checkpoint)
-
-
-def finished(folder: Path, run_id: str) -> bool:
-    """Whether `run.json` is there and of this run."""
-    try:
-        return json.loads((folder / RUN).read_text()).get("run_id") == run_id
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
