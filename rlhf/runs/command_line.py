@@ -88,6 +88,14 @@ class ScriptArguments:
             "seed": seed,
         }
 
+    def token_options(self, training_args) -> dict:
+        """The keyword arguments of `tokenize_all` that every stage has, but for its limits."""
+        return {
+            "max_bad_percentage": self.max_bad_percentage,
+            "evaluate": training_args.eval_strategy != "no",
+            "num_proc": training_args.dataset_num_proc,
+        }
+
 
 class StageParser:
     """The flags of one training script: TRL's own, unabridged, and ours beside them.
@@ -152,6 +160,8 @@ class StageParser:
             if name != "config":
                 values |= (found := self.one(name, texts, f"--{name}", "unknown flag"))
                 typed |= found.keys()
+        if (folder := values.get("output_dir")) and folder.strip("/"):
+            values["output_dir"] = folder.rstrip("/")  # or the next stage's folder, named after it, would lie inside
         if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):
             values["save_strategy"] = "best"  # or evaluations and checkpoints would have to fall on the same steps
         check(self.script, self.flags, self.schedulers, values, typed)

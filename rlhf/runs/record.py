@@ -54,7 +54,7 @@ def model_card(name: str, run: dict, dataset_names: str) -> str:
     )
     return f"""---
 base_model: {shown(run["base_model"])}
-library_name: peft
+library_name: {"peft" if run["arguments"].get("use_peft", True) else "transformers"}
 tags: [trl, {run["script"].removesuffix(".py")}]
 ---
 
@@ -132,7 +132,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     if run["saved_checkpoint"]:
         best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
         print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")
-    print(f"saved in {folder}; next:")
+    print(f"saved in {folder}{'; next:' if then else ''}")
     for command in then:
         print(f"  {command}" if command.startswith("python") else f"  accelerate launch {command}")
     if training_args.push_to_hub:
