@@ -88,7 +88,7 @@ RANGES = {
     " generate_eval_samples kl_coef missing_eos_penalty neftune_noise_alpha num_sample_generations"
     " max_grad_norm router_aux_loss_coef stop_token_id value_warmup_updates vf_coef warmup_steps weight_decay",
     "[1, inf)": "dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps"
-    " max_pairs_per_prompt"
+    " max_pairs_per_prompt max_steps"
     " generate_eval_length gradient_accumulation_steps local_rollout_forward_batch_size lora_r max_eval_prompts"
     " max_eval_samples max_prompt_length num_mini_batches num_ppo_epochs per_device_eval_batch_size"
     " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps response_length save_total_limit"
@@ -110,12 +110,11 @@ CHOICES = {  # where the libraries' parsers know none
     "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     "report_to": "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab"
     " tensorboard trackio wandb".split(),
-    "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
+    "loss_type": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
+    " discopop sft sigmoid_norm".split(),  # DPO's
 }
 CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers"}
 CHECKPOINTING |= {"selective"}  # the keys of --gradient_checkpointing_kwargs: torch's, transformers' and TRL's
-DPO_LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
-    discopop sft sigmoid_norm""".split()
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
