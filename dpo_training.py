@@ -15,8 +15,7 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 

@@ -16,8 +16,7 @@ high. Scores that rise with the KL running away mean that the reward model is be
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 

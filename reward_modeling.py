@@ -14,8 +14,7 @@ Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human pr
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 

@@ -19,8 +19,7 @@ Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while 
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 

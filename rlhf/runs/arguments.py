@@ -102,7 +102,8 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         UserError: for what the libraries, or this machine, refuse.
     """
     chosen, machine = machine_defaults(asked(values.get("fsdp"), values.get("deepspeed")))
-    given, values, parsed = values, {**chosen, **defaults, **values}, []
+    said, parsed = {**defaults, **values}, []
+    values = {**chosen, **said}
     check_machine(values)
     for cls in classes:
         own = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
@@ -111,6 +112,6 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).strip().splitlines()[0][:280]) from error
     check_optimizer(parsed[1])
-    own = {"gradient_checkpointing", "activation_checkpointing"} & {*defaults, *given}
-    parsed[1].checkpointing_by_need = not own and not parsed[1].activation_checkpointing
+    decided = {"gradient_checkpointing", "activation_checkpointing"} & said.keys()
+    parsed[1].checkpointing_by_need = not decided and not parsed[1].activation_checkpointing
     return tuple(parsed), f"{machine}; {check_engine(parsed[1])}"

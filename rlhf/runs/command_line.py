@@ -112,7 +112,7 @@ class StageParser:
 
     machine = ""
 
-    def __init__(self, script: str, script_class, training: str, check_names=None, **stage_defaults):
+    def __init__(self, script: str, script_class, training: str, check_names, **stage_defaults):
         self.script, self.script_class, self.training, self.check_names = script, script_class, training, check_names
         # held-out metrics before, during and after: a run that does not show its effect cannot be trusted
         self.stage_defaults = {"eval_strategy": "epoch", "eval_on_start": True, **stage_defaults}
@@ -165,9 +165,8 @@ class StageParser:
         if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):
             values["save_strategy"] = "best"  # or evaluations and checkpoints would have to fall on the same steps
         check(self.script, self.flags, self.schedulers, values, typed)
-        if self.check_names:
-            names = values.get("dataset_names", self.flags["dataset_names"]["default"])
-            self.check_names(names, values.get("eval_dataset_names"))
+        names = values.get("dataset_names", self.flags["dataset_names"]["default"])
+        self.check_names(names, values.get("eval_dataset_names"))
         return values
 
     def one(self, name: str, given, where: str, strange: str) -> dict:
@@ -269,11 +268,10 @@ def as_typed(words: list[str]) -> str:
 def run(main, make_parser):
     """A script's guard: parse, run, and end a mistake, a full disk or a signal in a line, with its exit code."""
     listen()
-    first = int(os.environ.get("RANK", 0)) == 0
     try:
         parser = make_parser()
         parsed = parser.parse_args_and_config()
-        if first:
+        if processes.local_rank() == 0:
             print(f"machine: {parser.machine}")
         try:
             main(*parsed)

@@ -33,13 +33,13 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
         UserError: if the folder is in use or holds something else, or if no checkpoint of the run is whole.
     """
     script_args, training_args, _ = arguments
-    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint or "false"
 
     def decide():
         check_place(folder, inputs)
-        if asked and asked.lower() not in ("true", "false"):
+        go_on = asked.lower() == "true"
+        if not go_on and asked.lower() != "false":
             return named_checkpoint(Path(asked))
-        go_on = bool(asked) and asked.lower() == "true"
         if script_args.overwrite_output_dir and not go_on:
             return None
         return unfinished(folder, go_on)
@@ -145,8 +145,8 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
             trainer.lock = lock_folder(folder)
             if (folder / "adapter_config.json").exists() and not arguments[2].use_peft:
                 raise UserError(f"{folder} holds an adapter, which would be taken for the whole model beside it")
-            place = Path(checkpoint).parent if checkpoint else folder
             if checkpoint:
+                place = Path(checkpoint).parent
                 earlier = read_started(place)
                 for line in check_same(place, earlier["identity"], identity):
                     say(f"not as at the start of the run: {line}")

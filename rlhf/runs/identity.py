@@ -38,11 +38,16 @@ def rows_sha256(rows) -> str:
     return digest.hexdigest()
 
 
+def sources_of(model_args) -> tuple[str, list[str], str]:
+    """The base of the model that a run starts from, the adapters on it, and the base's revision."""
+    base, adapters = resolve_adapters(model_args.model_name_or_path)
+    return base, adapters, base_revision(adapters[-1]) if adapters else model_args.model_revision
+
+
 def identity_of(trainer, arguments, reward=None) -> dict:
     """All that decides a run's result: {name of the part: what it is, JSON-able}."""
-    script_args, training_args, model_args = arguments
-    base, adapters = resolve_adapters(model_args.model_name_or_path)
-    revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
+    _, training_args, model_args = arguments
+    base, adapters, revision = sources_of(model_args)
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     held_out, config = trainer.eval_dataset or {}, deepspeed_config(trainer)
     parts = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}

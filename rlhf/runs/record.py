@@ -9,14 +9,13 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rlhf.models.fingerprints import find_weights
-from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.models.shards import shape_of
 from rlhf.models.templates import split_template
 from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
-from rlhf.runs.identity import PACKAGES
+from rlhf.runs.identity import PACKAGES, sources_of
 from rlhf.runs.log import error_of
 from rlhf.runs.memory import checkpointing_by_need, fitted
 from rlhf.runs.soundness import check_saved
@@ -103,14 +102,12 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
         for key, value in entry.items():
             first.setdefault(key, value)
             last[key] = value
-    parent = model_args.model_name_or_path
-    base, adapters = resolve_adapters(parent)
-    revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
+    base, _, revision = sources_of(model_args)
     weights = find_weights(base, revision)
     run = {
         "script": Path(sys.argv[0]).name,
         "arguments": {k: v for parsed in arguments for k, v in settings(parsed).items()},
-        "parent": parent,
+        "parent": model_args.model_name_or_path,
         "run_id": trainer.run_id,
         "parent_sha256": trainer.identity["adapter it starts from"],
         "base_model": base,
