@@ -64,7 +64,7 @@ def main(script_args, training_args, model_args):
 
 def make_parser():
     names = partial(check_names, "preference")
-    return StageParser("dpo_training", ScriptArguments, "trl.DPOConfig", names, learning_rate=5e-6)
+    return StageParser("dpo_training", ScriptArguments, "trl:DPOConfig", names, learning_rate=5e-6)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main(script_args, training_args, model_args):
 
 
 def make_parser():
-    names, training = partial(check_names, "prompt"), "rlhf.ppo.config.PPOConfig"
+    names, training = partial(check_names, "prompt"), "rlhf.ppo.config:PPOConfig"
     defaults = {"learning_rate": 1e-5, "logging_steps": 1, "eval_strategy": "steps"}
     return StageParser("ppo_training", PPOScriptArguments, training, names, **defaults)
 

@@ -92,7 +92,7 @@ def main(script_args, training_args, model_args):
 
 def make_parser():
     names = partial(check_names, "preference")
-    return StageParser("reward_modeling", RewardScriptArguments, "trl.RewardConfig", names, learning_rate=1e-4)
+    return StageParser("reward_modeling", RewardScriptArguments, "trl:RewardConfig", names, learning_rate=1e-4)
 
 
 if __name__ == "__main__":

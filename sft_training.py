@@ -82,7 +82,7 @@ def main(script_args, training_args, model_args):
 
 def make_parser():
     names = partial(check_names, "sft")
-    return StageParser("sft_training", SFTScriptArguments, "trl.SFTConfig", names, learning_rate=2e-4)
+    return StageParser("sft_training", SFTScriptArguments, "trl:SFTConfig", names, learning_rate=2e-4)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The dataclasses behind a command line, once it is known to be right: TRL's, and what the machine has."""
 
 import copy
-import importlib
 import re
 from dataclasses import dataclass, field, fields
 
@@ -53,12 +52,6 @@ def machine_defaults(engine: str | None) -> tuple[dict, str]:
         return chosen, "Apple GPU, float32"
     chosen |= {"ddp_backend": "gloo"} if engine == DEEPSPEED else {"use_cpu": True}
     return chosen, f"CPU with {torch.get_num_threads()} threads, float32"
-
-
-def imported(path: str):
-    """The class behind `module.Class`."""
-    module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
 
 
 def check_machine(values: dict) -> None:

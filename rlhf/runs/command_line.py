@@ -6,6 +6,7 @@ user's mistake ends as `error: ...` with exit code 2.
 
 import errno
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -105,7 +106,7 @@ class StageParser:
     Args:
         script: its name in flags.json.
         script_class: the dataclass of the script's own flags.
-        training: where the training arguments' class is, as in `trl.SFTConfig`; imported when all flags are right.
+        training: where the training arguments' class is, as in `trl:SFTConfig`; imported when all flags are right.
         check_names: given --dataset_names and --eval_dataset_names, says what is wrong with them.
         stage_defaults: the stage's own defaults.
     """
@@ -119,9 +120,9 @@ class StageParser:
 
     def classes(self) -> tuple:
         """The script's, the training arguments' and the model's."""
-        from rlhf.runs.arguments import ModelArguments, imported
+        from rlhf.runs.arguments import ModelArguments
 
-        return self.script_class, imported(self.training), ModelArguments
+        return self.script_class, pkgutil.resolve_name(self.training), ModelArguments
 
     def parse_args_and_config(self, args=None) -> tuple:
         """The dataclasses, in the order of `classes`.

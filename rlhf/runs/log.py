@@ -114,7 +114,7 @@ class Patience(EarlyStoppingCallback):
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
-def watch(trainer, patience: int = 0) -> None:
+def watch(trainer, patience: int) -> None:
     """Give a trainer the log, the curves and the bar of this module; and an end, when so many evaluations in a row
     are not better (0 for never).
     """

@@ -19,10 +19,9 @@ from rlhf.runs.identity import PACKAGES, sources_of
 from rlhf.runs.log import error_of
 from rlhf.runs.memory import checkpointing_by_need, fitted
 from rlhf.runs.soundness import check_saved
-from rlhf.user_error import visible
 
 
-def plan(trainer, data, dry_run: bool = False) -> str:
+def plan(trainer, data, dry_run: bool) -> str:
     """What a run is about to do, in two lines, and whether it has to save memory; for a dry run, how much it needs."""
     args, counts = trainer.args, data["tokenized"]
     parameters = [(math.prod(shape_of(p)), p.requires_grad) for p in trainer.model.parameters()]
@@ -37,7 +36,7 @@ def plan(trainer, data, dry_run: bool = False) -> str:
     lines = [
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}",
         f"plan: {work}, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}",
-        f"system prompt of rows without one: {visible(system)[:200]!r}" if system else "",
+        f"system prompt of rows without one: {system[:200]!r}" if system else "",
         checkpointing_by_need(trainer),
         fitted(trainer) if dry_run else "",
     ]
