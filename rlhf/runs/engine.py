@@ -49,11 +49,8 @@ def check_engine(args) -> str:
     """
     kind, engine = PartialState().distributed_type, asked(args.fsdp, args.deepspeed)
     if engine == DEEPSPEED and kind != DistributedType.DEEPSPEED:
-        what = (
-            "leave use_cpu out: it takes a CPU by itself"
-            if "LOCAL_RANK" in os.environ
-            else "start it with accelerate launch"
-        )
+        by_launcher = "LOCAL_RANK" in os.environ
+        what = "leave use_cpu out: it takes a CPU by itself" if by_launcher else "start it with accelerate launch"
         raise UserError(f"DeepSpeed is asked for and would not be in use: {what}")
     if args.world_size != launched():
         raise UserError(
