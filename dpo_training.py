@@ -15,8 +15,7 @@ Watch `rewards/accuracies` rise above 0.5 and `eval_<dataset>_rewards/margins` a
 
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 
@@ -31,25 +30,14 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    revision, system_prompt = model_args.model_revision, script_args.system_prompt
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, script_args.system_prompt)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
     policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, policy)
-
-    train, evals = tokenize_all(
-        train,
-        evals,
-        data,
-        encode_preference,
-        tokenizer,
-        max_bad_percentage=script_args.max_bad_percentage,
-        evaluate=training_args.eval_strategy != "no",
-        num_proc=training_args.dataset_num_proc,
-        max_length=training_args.max_length,
-        max_prompt_length=script_args.max_prompt_length,
-    )
+    limits = {"max_length": training_args.max_length, "max_prompt_length": script_args.max_prompt_length}
+    options = script_args.token_options(training_args)
+    train, evals = tokenize_all(train, evals, data, encode_preference, tokenizer, **limits, **options)
     say(describe(data))
 
     trainer = CheckedDPOTrainer(
@@ -70,17 +58,13 @@ def main(script_args, training_args, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
-    finish(
-        trainer,
-        arguments,
-        data,
-        then=[f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"],
-    )
+    merge = f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"
+    finish(trainer, arguments, data, then=[merge] if model_args.use_peft else [])
 
 
 def make_parser():
     names = partial(check_names, "preference")
-    return StageParser("dpo_training", ScriptArguments, "trl.DPOConfig", names, learning_rate=5e-6)
+    return StageParser("dpo_training", ScriptArguments, "trl:DPOConfig", names, learning_rate=5e-6)
 
 
 if __name__ == "__main__":

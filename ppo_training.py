@@ -16,8 +16,7 @@ high. Scores that rise with the KL running away mean that the reward model is be
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
@@ -46,8 +45,7 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path, script_args.reward_model_name_or_path])
-    revision, system_prompt = model_args.model_revision, script_args.system_prompt
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, script_args.system_prompt)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "prompt", **options)
     policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
@@ -63,17 +61,9 @@ def main(script_args, training_args, model_args):
     room = positions - training_args.response_length
     if room < 8:
         raise UserError(f"--response_length {training_args.response_length} leaves no room for a prompt in the model")
-    train, evals = tokenize_all(
-        train,
-        evals,
-        data,
-        encode_prompt,
-        tokenizer,
-        max_bad_percentage=script_args.max_bad_percentage,
-        evaluate=training_args.eval_strategy != "no",
-        num_proc=training_args.dataset_num_proc,
-        max_prompt_length=min(room, script_args.max_prompt_length or room),
-    )
+    limits = {"max_prompt_length": min(room, script_args.max_prompt_length or room)}
+    options = script_args.token_options(training_args)
+    train, evals = tokenize_all(train, evals, data, encode_prompt, tokenizer, **limits, **options)
     say(describe(data))
 
     trainer = checked(PPOTrainer)(
@@ -93,24 +83,14 @@ def main(script_args, training_args, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
-    finish(
-        trainer,
-        arguments,
-        data,
-        then=[f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"],
-    )
+    merge = f"python merge_peft_adapter.py --adapter_model_name={folder} --output_name={folder}_merged"
+    finish(trainer, arguments, data, then=[merge] if model_args.use_peft else [])
 
 
 def make_parser():
-    return StageParser(
-        "ppo_training",
-        PPOScriptArguments,
-        "rlhf.ppo.config.PPOConfig",
-        partial(check_names, "prompt"),
-        learning_rate=1e-5,
-        logging_steps=1,
-        eval_strategy="steps",
-    )
+    names, training = partial(check_names, "prompt"), "rlhf.ppo.config:PPOConfig"
+    defaults = {"learning_rate": 1e-5, "logging_steps": 1, "eval_strategy": "steps"}
+    return StageParser("ppo_training", PPOScriptArguments, training, names, **defaults)
 
 
 if __name__ == "__main__":

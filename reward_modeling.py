@@ -14,8 +14,7 @@ Watch `eval_<dataset>_accuracy`: 0.5 is guessing, 0.65-0.75 is usual on human pr
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 from rlhf.user_error import UserError
 
@@ -45,8 +44,7 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    revision, system_prompt = model_args.model_revision, script_args.system_prompt
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, script_args.system_prompt)
     options = script_args.data_options(training_args.seed)
     train, evals, data = load_datasets(script_args.dataset_names, "preference", **options)
     if script_args.use_margin and "margin" not in train.column_names:
@@ -57,19 +55,9 @@ def main(script_args, training_args, model_args):
         evals = {name: rows.select_columns(columns) for name, rows in evals.items()}
     reward_model, peft_config = new_reward_model(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, reward_model)
-
-    train, evals = tokenize_all(
-        train,
-        evals,
-        data,
-        encode_preference,
-        tokenizer,
-        max_bad_percentage=script_args.max_bad_percentage,
-        evaluate=training_args.eval_strategy != "no",
-        num_proc=training_args.dataset_num_proc,
-        max_length=training_args.max_length,
-        max_prompt_length=script_args.max_prompt_length,
-    )
+    limits = {"max_length": training_args.max_length, "max_prompt_length": script_args.max_prompt_length}
+    options = script_args.token_options(training_args)
+    train, evals = tokenize_all(train, evals, data, encode_preference, tokenizer, **limits, **options)
     say(describe(data))
     train = train.map(join_prompt, remove_columns="prompt_ids")
     evals = {name: rows.map(join_prompt, remove_columns="prompt_ids") for name, rows in evals.items()}
@@ -97,21 +85,14 @@ def main(script_args, training_args, model_args):
     scores = trainer.score(answers)
     if trainer.is_world_process_zero():
         store_statistics(scores, folder)
-    finish(
-        trainer,
-        arguments,
-        data,
-        then=[
-            f"ppo_training.py --model_name_or_path={model_args.model_name_or_path}"
-            f" --reward_model_name_or_path={folder} --output_dir={folder}_ppo"
-            f" --dataset_names={script_args.dataset_names}"
-        ],
-    )
+    models = f"--model_name_or_path={model_args.model_name_or_path} --reward_model_name_or_path={folder}"
+    ppo = f"ppo_training.py {models} --output_dir={folder}_ppo --dataset_names={script_args.dataset_names}"
+    finish(trainer, arguments, data, then=[ppo])
 
 
 def make_parser():
     names = partial(check_names, "preference")
-    return StageParser("reward_modeling", RewardScriptArguments, "trl.RewardConfig", names, learning_rate=1e-4)
+    return StageParser("reward_modeling", RewardScriptArguments, "trl:RewardConfig", names, learning_rate=1e-4)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ Watch `eval_<dataset>_loss`: it falls, then flattens; when it rises again while 
 from dataclasses import dataclass, field
 from functools import partial
 
-from prepare_data import describe, load_datasets
-from rlhf.data.loading import check_names
+from prepare_data import check_names, describe, load_datasets
 from rlhf.runs.command_line import ScriptArguments, StageParser, run
 
 
@@ -44,27 +43,15 @@ def main(script_args, training_args, model_args):
 
     arguments = script_args, training_args, model_args
     checkpoint = find_resume(arguments, [model_args.model_name_or_path])
-    revision, system_prompt = model_args.model_revision, script_args.system_prompt
-    tokenizer = load_tokenizer(model_args.model_name_or_path, revision, system_prompt)
-    train, evals, data = load_datasets(
-        script_args.dataset_names, "sft", **script_args.data_options(training_args.seed)
-    )
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, script_args.system_prompt)
+    options = script_args.data_options(training_args.seed)
+    train, evals, data = load_datasets(script_args.dataset_names, "sft", **options)
     policy, peft_config = load_policy(model_args, tokenizer, training_args.seed)
     training_args.max_length = fit_length(training_args.max_length, policy)
-
-    train, evals = tokenize_all(
-        train,
-        evals,
-        data,
-        encode_demonstrations,
-        tokenizer,
-        max_bad_percentage=script_args.max_bad_percentage,
-        evaluate=training_args.eval_strategy != "no",
-        completion_only=training_args.completion_only_loss is not False,
-        num_proc=training_args.dataset_num_proc,
-        max_length=training_args.max_length,
-        max_prompt_length=script_args.max_prompt_length,
-    )
+    limits = {"max_length": training_args.max_length, "max_prompt_length": script_args.max_prompt_length}
+    options = script_args.token_options(training_args)
+    options["completion_only"] = training_args.completion_only_loss is not False
+    train, evals = tokenize_all(train, evals, data, encode_demonstrations, tokenizer, **limits, **options)
     say(describe(data))
 
     trainer = CheckedSFTTrainer(
@@ -88,20 +75,14 @@ def main(script_args, training_args, model_args):
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     folder = training_args.output_dir
-    finish(
-        trainer,
-        arguments,
-        data,
-        then=[
-            f"reward_modeling.py --model_name_or_path={folder} --output_dir={folder}_reward --dataset_names=ufb",
-            f"dpo_training.py --model_name_or_path={folder} --output_dir={folder}_dpo --dataset_names=ufb",
-        ],
-    )
+    reward = f"reward_modeling.py --model_name_or_path={folder} --output_dir={folder}_reward --dataset_names=ufb"
+    dpo = f"dpo_training.py --model_name_or_path={folder} --output_dir={folder}_dpo --dataset_names=ufb"
+    finish(trainer, arguments, data, then=[reward, dpo])
 
 
 def make_parser():
     names = partial(check_names, "sft")
-    return StageParser("sft_training", SFTScriptArguments, "trl.SFTConfig", names, learning_rate=2e-4)
+    return StageParser("sft_training", SFTScriptArguments, "trl:SFTConfig", names, learning_rate=2e-4)
 
 
 if __name__ == "__main__":

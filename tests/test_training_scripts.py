@@ -54,6 +54,13 @@ def test_the_record_holds_the_hashes_of_what_was_trained_on(saved, base, stage):
     assert run["tokenizer_sha256"] != tokenizer_sha256(other)
 
 
+def test_a_whole_model_is_not_called_an_adapter(base, data, tmp_path, capsys):
+    flags = {"model_name_or_path": base, "dataset_names": data, "use_peft": False, "learning_rate": 1e-3}
+    folder = Path(run_script("dpo_training", output_dir=tmp_path / "dpo", **flags))
+    assert f"saved in {folder}\n" in capsys.readouterr().out
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+
+
 def test_training_on_from_a_base_that_changed_since_is_refused(saved, base, data, tmp_path):
     adapter, moved = shutil.copytree(saved["sft"], tmp_path / "sft"), shutil.copytree(base, tmp_path / "base")
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -1,7 +1,6 @@
 """The dataclasses behind a command line, once it is known to be right: TRL's, and what the machine has."""
 
 import copy
-import importlib
 import re
 from dataclasses import dataclass, field, fields
 
@@ -55,12 +54,6 @@ def machine_defaults(engine: str | None) -> tuple[dict, str]:
     return chosen, f"CPU with {torch.get_num_threads()} threads, float32"
 
 
-def imported(path: str):
-    """The class behind `module.Class`."""
-    module, name = path.rsplit(".", 1)
-    return getattr(importlib.import_module(module), name)
-
-
 def check_machine(values: dict) -> None:
     """Refuse what this machine cannot do, before a process group is built."""
     if not values.get("use_cpu"):
@@ -102,7 +95,8 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         UserError: for what the libraries, or this machine, refuse.
     """
     chosen, machine = machine_defaults(asked(values.get("fsdp"), values.get("deepspeed")))
-    given, values, parsed = values, {**chosen, **defaults, **values}, []
+    said, parsed = {**defaults, **values}, []
+    values = {**chosen, **said}
     check_machine(values)
     for cls in classes:
         own = {f.name: values[f.name] for f in fields(cls) if f.init and f.name in values}
@@ -111,6 +105,6 @@ def build(classes: tuple, values: dict, defaults: dict) -> tuple[tuple, str]:
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error).strip().splitlines()[0][:280]) from error
     check_optimizer(parsed[1])
-    own = {"gradient_checkpointing", "activation_checkpointing"} & {*defaults, *given}
-    parsed[1].checkpointing_by_need = not own and not parsed[1].activation_checkpointing
+    decided = {"gradient_checkpointing", "activation_checkpointing"} & said.keys()
+    parsed[1].checkpointing_by_need = not decided and not parsed[1].activation_checkpointing
     return tuple(parsed), f"{machine}; {check_engine(parsed[1])}"

@@ -17,6 +17,17 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def read_whole(path: Path, *keys: str) -> dict | None:
+    """A file of JSON with at least these keys; None where there is none, {} where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= {*keys} else {}
+
+
 def step_of(folder: Path) -> int | None:
     """The step of a folder named as the Trainer names checkpoints; None for any other name."""
     found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
@@ -40,14 +51,8 @@ def write_manifest(checkpoint: Path, run_id: str) -> None:
 
 def read_manifest(checkpoint: Path) -> dict | None:
     """The manifest; None where the checkpoint was never finished, {} where the manifest itself is damaged."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        return {}
-    fits = isinstance(manifest, dict) and {"run_id", "step", "files"} <= manifest.keys()
-    return manifest if fits and isinstance(manifest["files"], dict) else {}
+    manifest = read_whole(checkpoint / MANIFEST, "run_id", "step", "files")
+    return {} if manifest and not isinstance(manifest["files"], dict) else manifest
 
 
 def problem_with(checkpoint: Path) -> str | None:

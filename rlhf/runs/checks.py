@@ -3,15 +3,15 @@
 import importlib.util
 import json
 import math
-import os
 import re
 from pathlib import Path
 
+from rlhf.processes import launched
 from rlhf.runs import flags as table
 from rlhf.runs.renamed import NO_SUCH, RENAMED
 from rlhf.user_error import UserError, check_folder, missing_path, nearest
 
-YES, NO = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+TRUTH = dict.fromkeys("true yes on t y 1".split(), True) | dict.fromkeys("false no off f n 0".split(), False)
 
 
 def unknown(name: str, flags: dict, others: dict) -> str:
@@ -51,8 +51,8 @@ def convert(flag: dict, given, where: str):
     texts = list(given) if isinstance(given, list) else [given]
     if any(not isinstance(text, str) for text in texts):
         raise UserError(f"{where}: expected plain values in the list")
-    if name in table.COMMAS:
-        texts = [",".join(texts)] if isinstance(given, list) and texts else texts
+    if name in table.COMMAS and texts:
+        texts = [",".join(texts)]
     if many == "several":  # a file's name is no item of such a list
         texts = [part for text in texts for part in text.split(",") if part]
     if kind == "bool" and not texts:
@@ -66,10 +66,10 @@ def convert(flag: dict, given, where: str):
 
 
 def _one(flag: dict, kind: str, text: str, where: str):
-    name, choices = flag["name"], table.CHOICES.get(flag["name"], flag.get("choices"))
+    name, choices = flag["name"], flag.get("choices") or table.CHOICES.get(flag["name"])
     try:
         if kind == "bool":
-            value = {**dict.fromkeys(YES, True), **dict.fromkeys(NO, False)}[text.lower()]
+            value = TRUTH[text.lower()]
         elif kind == "json" and name in table.FILES and not text.startswith("{"):
             json.loads(Path(text).read_text())
             value = text
@@ -98,9 +98,9 @@ def in_range(name: str, value: float, where: str) -> None:
     """Raises a UserError for a number that is not finite, or not within the ends that the table gives."""
     if not math.isfinite(value):
         raise UserError(f"{where} {value}: give a finite number")
-    if name == "max_steps" and (value == -1 or 1 <= value < 2**32):
+    if name == "max_steps" and value == -1:  # unset
         return
-    ends = "[1, inf)" if name == "max_steps" else table.RANGE_OF.get(name, "(-inf, inf)")
+    ends = table.RANGE_OF.get(name, "(-inf, inf)")
     low, high = (float(end) for end in ends[1:-1].split(", "))
     if not (low <= value <= high) or (value == low and ends[0] == "(") or (value == high and ends[-1] == ")"):
         least = f"at least {low:g}" if ends[0] == "[" else f"above {low:g}"
@@ -133,9 +133,8 @@ def check(script: str, flags: dict, schedulers: dict, values: dict, typed: set) 
     now = {name: flag.get("default") for name, flag in flags.items()} | values
     for name, value in values.items():
         default = flags[name].get("default", False if flags[name].get("kind") == "bool" else None)
-        if value == default or (name in table.HARMLESS and value == table.HARMLESS[name]):
-            if name not in table.HARMLESS or value:
-                continue
+        if value == table.HARMLESS.get(name, default):
+            continue
         if reason := refused(script, name):
             raise UserError(f"--{name}: {reason}")
         other, wanted = table.NEEDS.get(name, (None, ()))
@@ -148,9 +147,9 @@ def check(script: str, flags: dict, schedulers: dict, values: dict, typed: set) 
         for value in filter(None, _list(values.get(name))):
             if re.match(pattern, str(value)) and importlib.util.find_spec(package) is None:
                 raise UserError(f"--{name} {value} needs a package that is not installed\n  pip install {install}")
-    for required in ("model_name_or_path", "output_dir", "reward_model_name_or_path"):
-        if required in now and not now[required]:
-            raise UserError(f"--{required} is missing: {table.REQUIRED[required]}")
+    for name, advice in table.REQUIRED.items():
+        if name in now and not now[name]:
+            raise UserError(f"--{name} is missing: {advice}")
     for problem in (*_training(script, now, values, schedulers), *_stage(script, now, values)):
         raise UserError(problem)
     for name in ("model_name_or_path", "reward_model_name_or_path", "resume_from_checkpoint"):
@@ -211,9 +210,9 @@ def _training(script: str, now: dict, values: dict, schedulers: dict):
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if strange := sorted(set(now[name] or ()) - table.CHECKPOINTING):
             yield f"--{name}: there is no {strange[0]} (there is: {', '.join(sorted(table.CHECKPOINTING))})"
-    if now["ddp_backend"] and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if now["ddp_backend"] and launched() < 2:
         yield "--ddp_backend: it is how processes talk, and this is one; leave it out"
-    if now["fsdp"] and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if now["fsdp"] and launched() < 2:
         yield "--fsdp: it shares weights among processes, and this is one: accelerate launch --multi_gpu"
     if now["train_sampling_strategy"] == "batch_rebalance" and script != table.SFT:
         yield "--train_sampling_strategy batch_rebalance: SFT alone has it here; group_by_length is near"
@@ -223,19 +222,14 @@ def _stage(script: str, now: dict, values: dict):
     """Yields what contradicts itself in one of them."""
     smooth, losses = now.get("label_smoothing"), _list(now.get("loss_type"))
     if script == table.SFT:
-        if (now["packing"] or now["eval_packing"]) and "flash" not in (now["attn_implementation"] or ""):
-            yield "--packing keeps rows apart only with --attn_implementation flash_attention_2: leave it out"
-        if now["padding_free"] and "flash" not in (now["attn_implementation"] or ""):
-            yield "--padding_free keeps rows apart only with --attn_implementation flash_attention_2: leave it out"
+        for name in ("packing", "eval_packing", "padding_free"):
+            if now[name] and "flash" not in (now["attn_implementation"] or ""):
+                yield f"--{name} keeps rows apart only with --attn_implementation flash_attention_2: leave it out"
         if now["loss_type"] == "chunked_nll":
             yield "--loss_type chunked_nll: it does not fit rows that are tokenised; nll gives the same loss"
     if script == table.REWARD and "score" in _list(now["lora_target_modules"]):
         yield "--lora_target_modules score: the head is trained whole; leave it out"
     if script == table.DPO:
-        if strange := [loss for loss in losses if loss not in table.DPO_LOSSES]:
-            near = nearest(strange[0], table.DPO_LOSSES)
-            known = f"did you mean {near}?" if near else f"choose from {', '.join(table.DPO_LOSSES)}"
-            yield f"--loss_type: invalid choice: {strange[0]!r} ({known})"
         if any(weight <= 0 for weight in now["loss_weights"] or ()):
             yield f"--loss_weights must be above 0, not {min(now['loss_weights']):g}"
         if now["loss_weights"] and len(now["loss_weights"]) != len(losses):

@@ -6,6 +6,7 @@ user's mistake ends as `error: ...` with exit code 2.
 
 import errno
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -88,6 +89,14 @@ class ScriptArguments:
             "seed": seed,
         }
 
+    def token_options(self, training_args) -> dict:
+        """The keyword arguments of `tokenize_all` that every stage has, but for its limits."""
+        return {
+            "max_bad_percentage": self.max_bad_percentage,
+            "evaluate": training_args.eval_strategy != "no",
+            "num_proc": training_args.dataset_num_proc,
+        }
+
 
 class StageParser:
     """The flags of one training script: TRL's own, unabridged, and ours beside them.
@@ -97,23 +106,23 @@ class StageParser:
     Args:
         script: its name in flags.json.
         script_class: the dataclass of the script's own flags.
-        training: where the training arguments' class is, as in `trl.SFTConfig`; imported when all flags are right.
+        training: where the training arguments' class is, as in `trl:SFTConfig`; imported when all flags are right.
         check_names: given --dataset_names and --eval_dataset_names, says what is wrong with them.
         stage_defaults: the stage's own defaults.
     """
 
     machine = ""
 
-    def __init__(self, script: str, script_class, training: str, check_names=None, **stage_defaults):
+    def __init__(self, script: str, script_class, training: str, check_names, **stage_defaults):
         self.script, self.script_class, self.training, self.check_names = script, script_class, training, check_names
         # held-out metrics before, during and after: a run that does not show its effect cannot be trusted
         self.stage_defaults = {"eval_strategy": "epoch", "eval_on_start": True, **stage_defaults}
 
     def classes(self) -> tuple:
         """The script's, the training arguments' and the model's."""
-        from rlhf.runs.arguments import ModelArguments, imported
+        from rlhf.runs.arguments import ModelArguments
 
-        return self.script_class, imported(self.training), ModelArguments
+        return self.script_class, pkgutil.resolve_name(self.training), ModelArguments
 
     def parse_args_and_config(self, args=None) -> tuple:
         """The dataclasses, in the order of `classes`.
@@ -152,12 +161,13 @@ class StageParser:
             if name != "config":
                 values |= (found := self.one(name, texts, f"--{name}", "unknown flag"))
                 typed |= found.keys()
+        if (folder := values.get("output_dir")) and folder.strip("/"):
+            values["output_dir"] = folder.rstrip("/")  # or the next stage's folder, named after it, would lie inside
         if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):
             values["save_strategy"] = "best"  # or evaluations and checkpoints would have to fall on the same steps
         check(self.script, self.flags, self.schedulers, values, typed)
-        if self.check_names:
-            names = values.get("dataset_names", self.flags["dataset_names"]["default"])
-            self.check_names(names, values.get("eval_dataset_names"))
+        names = values.get("dataset_names", self.flags["dataset_names"]["default"])
+        self.check_names(names, values.get("eval_dataset_names"))
         return values
 
     def one(self, name: str, given, where: str, strange: str) -> dict:
@@ -259,11 +269,10 @@ def as_typed(words: list[str]) -> str:
 def run(main, make_parser):
     """A script's guard: parse, run, and end a mistake, a full disk or a signal in a line, with its exit code."""
     listen()
-    first = int(os.environ.get("RANK", 0)) == 0
     try:
         parser = make_parser()
         parsed = parser.parse_args_and_config()
-        if first:
+        if processes.local_rank() == 0:
             print(f"machine: {parser.machine}")
         try:
             main(*parsed)

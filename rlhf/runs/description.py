@@ -48,8 +48,7 @@ def describe(dataclass_type) -> dict[str, dict]:
             "aliases": spelt[1:],
             "help": " ".join((action.help or "").split()),
         }
-        said = {key: value for key, value in about.items() if value is not None and value is not False}
-        found[spelt[0]] = {key: value for key, value in said.items() if value != []}
+        found[spelt[0]] = {k: v for k, v in about.items() if v is not None and v is not False and v != []}
     return found
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from accelerate import DistributedType, PartialState
 from peft import PeftModel
 
-from rlhf.processes import exchange
+from rlhf.processes import exchange, launched
 from rlhf.user_error import UserError
 
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
@@ -49,12 +49,12 @@ def check_engine(args) -> str:
     """
     kind, engine = PartialState().distributed_type, asked(args.fsdp, args.deepspeed)
     if engine == DEEPSPEED and kind != DistributedType.DEEPSPEED:
-        launched = "LOCAL_RANK" in os.environ
-        what = "leave use_cpu out: it takes a CPU by itself" if launched else "start it with accelerate launch"
+        by_launcher = "LOCAL_RANK" in os.environ
+        what = "leave use_cpu out: it takes a CPU by itself" if by_launcher else "start it with accelerate launch"
         raise UserError(f"DeepSpeed is asked for and would not be in use: {what}")
-    if args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+    if args.world_size != launched():
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes were started, and accelerate connects {args.world_size}\n"
+            f"{launched()} processes were started, and accelerate connects {args.world_size}\n"
             "  DeepSpeed on a CPU: accelerate launch --use_deepspeed --deepspeed_config_file FILE, without --deepspeed"
         )
     if engine == FSDP and kind in (DistributedType.NO, DistributedType.MULTI_CPU):

@@ -1,32 +1,10 @@
 """One table of flags: what each does here, which values it takes, what others call it.
 
-A flag of the libraries that stands in no class is an error of a test: a new version's flag has to be read first.
+A flag of the libraries that is not read yet is an error of tests/runs/test_flags.py: a new version's has to be first.
 """
 
 SFT, REWARD, DPO, PPO = "sft_training", "reward_modeling", "dpo_training", "ppo_training"
 ALL = (SFT, REWARD, DPO, PPO)
-
-# Flags that bear on what is trained, or on how it is measured. Ours are at home in the scripts and not repeated here.
-WORKS = """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
-    attn_implementation auto_find_batch_size average_tokens_across_devices beta bf16
-    bnb_4bit_quant_storage bnb_4bit_quant_type center_rewards_coefficient completion_only_loss data_seed
-    dataloader_drop_last ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-    ddp_static_graph ddp_timeout deepspeed disable_dropout discopop_tau dtype eval_delay eval_on_start eval_packing
-    eval_steps eval_strategy f_alpha_divergence_coef f_divergence_type fp16 fsdp fsdp_config
-    full_determinism gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs
-    greater_is_better label_smoothing label_smoothing_factor ld_alpha learning_rate
-    liger_kernel_config load_best_model_at_end load_in_4bit load_in_8bit lora_alpha lora_dropout
-    lora_modules_to_save lora_r lora_target_modules lora_target_parameters loss_type loss_weights
-    lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length max_steps metric_for_best_model
-    model_name_or_path model_revision neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules
-    output_dir packing packing_strategy pad_to_multiple_of padding_free per_device_eval_batch_size
-    per_device_train_batch_size precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha
-    ref_model_sync_steps restore_callback_states_from_checkpoint resume_from_checkpoint router_aux_loss_coef seed
-    sync_ref_model tf32 torch_compile torch_compile_backend torch_compile_mode train_sampling_strategy
-    use_bnb_nested_quant use_cpu use_dora use_liger_kernel use_peft use_rslora use_weighting warmup_steps
-    weight_decay
-""".split()
 
 # Flags about logging, saving, the hub, memory and processes: the same is learned without them.
 LOOKS = """
@@ -110,7 +88,7 @@ RANGES = {
     " generate_eval_samples kl_coef missing_eos_penalty neftune_noise_alpha num_sample_generations"
     " max_grad_norm router_aux_loss_coef stop_token_id value_warmup_updates vf_coef warmup_steps weight_decay",
     "[1, inf)": "dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb ddp_timeout eval_accumulation_steps"
-    " max_pairs_per_prompt"
+    " max_pairs_per_prompt max_steps"
     " generate_eval_length gradient_accumulation_steps local_rollout_forward_batch_size lora_r max_eval_prompts"
     " max_eval_samples max_prompt_length num_mini_batches num_ppo_epochs per_device_eval_batch_size"
     " per_device_train_batch_size precompute_ref_batch_size ref_model_sync_steps response_length save_total_limit"
@@ -132,12 +110,11 @@ CHOICES = {  # where the libraries' parsers know none
     "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
     "report_to": "none all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte mlflow neptune swanlab"
     " tensorboard trackio wandb".split(),
-    "ddp_backend": ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"],
+    "loss_type": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down"
+    " discopop sft sigmoid_norm".split(),  # DPO's
 }
 CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers"}
 CHECKPOINTING |= {"selective"}  # the keys of --gradient_checkpointing_kwargs: torch's, transformers' and TRL's
-DPO_LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down
-    discopop sft sigmoid_norm""".split()
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 OF_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 

@@ -3,7 +3,6 @@
 `started.json` says which run a folder belongs to (identity.py), `run.json` that it is complete (record.py).
 """
 
-import json
 import os
 import platform
 import time
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.models.adapters import check_apart
 from rlhf.processes import by_first, check_common, exchange
-from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest
+from rlhf.runs.checkpoints import newest_whole, problem_with, read_manifest, read_whole
 from rlhf.runs.identity import STARTED, check_same, identity_of, read_started, start
 from rlhf.runs.log import say
 from rlhf.user_error import UserError
@@ -34,13 +33,13 @@ def find_resume(arguments, inputs: list[str]) -> str | None:
         UserError: if the folder is in use or holds something else, or if no checkpoint of the run is whole.
     """
     script_args, training_args, _ = arguments
-    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    folder, asked = Path(training_args.output_dir), training_args.resume_from_checkpoint or "false"
 
     def decide():
         check_place(folder, inputs)
-        if asked and asked.lower() not in ("true", "false"):
+        go_on = asked.lower() == "true"
+        if not go_on and asked.lower() != "false":
             return named_checkpoint(Path(asked))
-        go_on = bool(asked) and asked.lower() == "true"
         if script_args.overwrite_output_dir and not go_on:
             return None
         return unfinished(folder, go_on)
@@ -109,7 +108,7 @@ def unfinished(folder: Path, go_on: bool) -> str | None:
     if not folder.is_dir() or all(path.name in TRACES for path in folder.iterdir()):
         return None
     started = read_started(folder)
-    if started is None or finished(folder, started["run_id"]):
+    if started is None or (read_whole(folder / RUN) or {}).get("run_id") == started["run_id"]:
         what = "is not empty" if started is None else "holds a finished run"
         raise UserError(
             f"{folder} {what}: choose another --output_dir, or add --overwrite_output_dir to train into it anew"
@@ -129,14 +128,6 @@ def unfinished(folder: Path, go_on: bool) -> str | None:
     return str(checkpoint)
 
 
-def finished(folder: Path, run_id: str) -> bool:
-    """Whether `run.json` is there and of this run."""
-    try:
-        return json.loads((folder / RUN).read_text()).get("run_id") == run_id
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
     """Take the folder, and write down what the run depends on; where it is resumed, all of that must be the same.
 
@@ -154,8 +145,8 @@ def begin(trainer, arguments, checkpoint: str | None, reward=None) -> None:
             trainer.lock = lock_folder(folder)
             if (folder / "adapter_config.json").exists() and not arguments[2].use_peft:
                 raise UserError(f"{folder} holds an adapter, which would be taken for the whole model beside it")
-            place = Path(checkpoint).parent if checkpoint else folder
             if checkpoint:
+                place = Path(checkpoint).parent
                 earlier = read_started(place)
                 for line in check_same(place, earlier["identity"], identity):
                     say(f"not as at the start of the run: {line}")

@@ -10,19 +10,19 @@ import pyarrow as pa
 
 from rlhf.models.fingerprints import configs_sha256, tokenizer_sha256, weights_sha256
 from rlhf.models.loading import base_revision, resolve_adapters
-from rlhf.runs.checkpoints import write_whole
+from rlhf.runs.checkpoints import read_whole, write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.engine import deepspeed_config, engine_name
+from rlhf.runs.flags import LOOKS
 from rlhf.user_error import UserError
 
 STARTED, PROCESSES = "started.json", "number of processes"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 OF_DEEPSPEED = ("optimizer", "scheduler", "gradient_clipping", "bf16.enabled", "fp16.enabled")  # decide the numbers
 MAY_CHANGE = (  # how the names of arguments begin that do not bear on what is learned
-    "activation_", "dataloader_in", "dataloader_mu", "dataloader_n", "dataloader_p", "ddp_", "disable_tqdm", "do_eval",
-    "dry_run", "early_stopping", "eval_", "generate_eval", "gradient_accumulation", "gradient_checkpointing", "hub_",
-    "load_best", "local_rollout", "log", "max_eval", "metric_for", "num_sample", "output_dir", "overwrite",
-    "per_device_", "push_to_hub", "report_to", "resume_from", "run_name", "save_", "use_cpu",
+    *LOOKS, "activation_", "ddp_", "do_eval", "dry_run", "early_stopping", "eval_", "generate_eval",
+    "gradient_accumulation", "gradient_checkpointing", "load_best", "local_rollout", "max_eval", "metric_for",
+    "num_sample", "output_dir", "overwrite", "per_device_", "resume_from", "use_cpu",
 )  # fmt: skip
 
 
@@ -38,11 +38,16 @@ def rows_sha256(rows) -> str:
     return digest.hexdigest()
 
 
+def sources_of(model_args) -> tuple[str, list[str], str]:
+    """The base of the model that a run starts from, the adapters on it, and the base's revision."""
+    base, adapters = resolve_adapters(model_args.model_name_or_path)
+    return base, adapters, base_revision(adapters[-1]) if adapters else model_args.model_revision
+
+
 def identity_of(trainer, arguments, reward=None) -> dict:
     """All that decides a run's result: {name of the part: what it is, JSON-able}."""
-    script_args, training_args, model_args = arguments
-    base, adapters = resolve_adapters(model_args.model_name_or_path)
-    revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
+    _, training_args, model_args = arguments
+    base, adapters, revision = sources_of(model_args)
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     held_out, config = trainer.eval_dataset or {}, deepspeed_config(trainer)
     parts = {k: v for parsed in arguments for k, v in settings(parsed).items() if not k.startswith(MAY_CHANGE)}
@@ -73,13 +78,8 @@ def read_started(folder: Path) -> dict | None:
     Raises:
         UserError: for a file that is damaged, or an earlier version's.
     """
-    try:
-        started = json.loads((folder / STARTED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        started = {}
-    if not (isinstance(started, dict) and {"run_id", "identity"} <= started.keys()):
+    started = read_whole(folder / STARTED, "run_id", "identity")
+    if started == {}:
         raise UserError(
             f"{folder / STARTED} is damaged, or of an earlier version: which run this is cannot be told\n"
             "  choose another --output_dir, or add --overwrite_output_dir to start anew"
@@ -102,7 +102,8 @@ def check_same(folder: Path, before: dict, now: dict) -> list[str]:
     """
     then = before.get("versions", {})
     others = [f"{name} was {then.get(name)}, is {v}" for name, v in now["versions"].items() if then.get(name) != v]
-    changed = [name for name in sorted(before | now) if name != "versions" and before.get(name) != now.get(name)]
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name) and name != "versions"]
+    changed = [name for name in changed if not name.startswith(MAY_CHANGE)]  # an earlier version wrote more down
     if changed == [PROCESSES]:
         others.append(difference(PROCESSES, before[PROCESSES], now[PROCESSES]))
         changed = []

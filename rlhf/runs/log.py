@@ -20,7 +20,7 @@ CURVES = [
 
 
 def say(text: str) -> None:
-    """Print once, whatever the number of processes."""
+    """Print once a machine, whatever the number of processes."""
     PartialState().print(text)
 
 
@@ -86,13 +86,12 @@ class Progress(TrainerCallback):
         if self.bar is None:
             return
         named = {key: value for key, value in (logs or {}).items() if isinstance(value, float)}
-        shown = {}
+        shown = []
         for name in CURVES:
             for key, value in named.items():
                 if key == name or is_held_out(key, name):
                     text = f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}"
-                    shown.setdefault(key, text + error_of(named, key))
-        shown = list(shown.values())
+                    shown.append(text + error_of(named, key))
         if any(key.startswith("eval_") for key in named):
             self.bar.write(f"step {state.global_step}, held out: {', '.join(shown[:4])}")
         elif shown:
@@ -115,7 +114,7 @@ class Patience(EarlyStoppingCallback):
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
-def watch(trainer, patience: int = 0) -> None:
+def watch(trainer, patience: int) -> None:
     """Give a trainer the log, the curves and the bar of this module; and an end, when so many evaluations in a row
     are not better (0 for never).
     """
@@ -159,7 +158,6 @@ def draw_curves(log_path, picture_path) -> None:
     from matplotlib import pyplot
 
     log = read_log(log_path)
-
     keys = dict.fromkeys(key for entry in log for key in entry)
 
     def points(key):

@@ -9,21 +9,19 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rlhf.models.fingerprints import find_weights
-from rlhf.models.loading import base_revision, resolve_adapters
 from rlhf.models.shards import shape_of
 from rlhf.models.templates import split_template
 from rlhf.processes import by_first, exchange, leave
 from rlhf.runs.checkpoints import write_whole
 from rlhf.runs.command_line import settings
 from rlhf.runs.folder import RUN
-from rlhf.runs.identity import PACKAGES
+from rlhf.runs.identity import PACKAGES, sources_of
 from rlhf.runs.log import error_of
 from rlhf.runs.memory import checkpointing_by_need, fitted
 from rlhf.runs.soundness import check_saved
-from rlhf.user_error import visible
 
 
-def plan(trainer, data, dry_run: bool = False) -> str:
+def plan(trainer, data, dry_run: bool) -> str:
     """What a run is about to do, in two lines, and whether it has to save memory; for a dry run, how much it needs."""
     args, counts = trainer.args, data["tokenized"]
     parameters = [(math.prod(shape_of(p)), p.requires_grad) for p in trainer.model.parameters()]
@@ -38,7 +36,7 @@ def plan(trainer, data, dry_run: bool = False) -> str:
     lines = [
         f"train: {rows}, {counts['tokens']} tokens, {counts['shortened']} shortened{dropped}",
         f"plan: {work}, {trained:,} of {total:,} parameters trained, lr {args.learning_rate:g}",
-        f"system prompt of rows without one: {visible(system)[:200]!r}" if system else "",
+        f"system prompt of rows without one: {system[:200]!r}" if system else "",
         checkpointing_by_need(trainer),
         fitted(trainer) if dry_run else "",
     ]
@@ -54,7 +52,7 @@ def model_card(name: str, run: dict, dataset_names: str) -> str:
     )
     return f"""---
 base_model: {shown(run["base_model"])}
-library_name: peft
+library_name: {"peft" if run["arguments"].get("use_peft", True) else "transformers"}
 tags: [trl, {run["script"].removesuffix(".py")}]
 ---
 
@@ -103,14 +101,12 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
         for key, value in entry.items():
             first.setdefault(key, value)
             last[key] = value
-    parent = model_args.model_name_or_path
-    base, adapters = resolve_adapters(parent)
-    revision = base_revision(adapters[-1]) if adapters else model_args.model_revision
+    base, _, revision = sources_of(model_args)
     weights = find_weights(base, revision)
     run = {
         "script": Path(sys.argv[0]).name,
         "arguments": {k: v for parsed in arguments for k, v in settings(parsed).items()},
-        "parent": parent,
+        "parent": model_args.model_name_or_path,
         "run_id": trainer.run_id,
         "parent_sha256": trainer.identity["adapter it starts from"],
         "base_model": base,
@@ -132,7 +128,7 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     if run["saved_checkpoint"]:
         best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
         print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")
-    print(f"saved in {folder}; next:")
+    print(f"saved in {folder}{'; next:' if then else ''}")
     for command in then:
         print(f"  {command}" if command.startswith("python") else f"  accelerate launch {command}")
     if training_args.push_to_hub:

@@ -27,32 +27,23 @@ UNLOGGED = "unlogged.json"
 ROOM = 1 << 20  # bytes; a disk with less is full, whatever the error that a library makes of it
 
 
-class EpochEnd(TrainerCallback):
-    """Tells a trainer in which phase it saves: after a step, or at an epoch's end."""
+class Phases(TrainerCallback):
+    """Tells a trainer in which phase it saves, after a step or at an epoch's end; and has it save, and say in
+    `stop_asked` for which signal, as soon as all processes know of it.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.restore_unlogged()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.epoch_ends = False
+        signals.set_training(True)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.epoch_ends = True
 
-
-class StopWhenAsked(TrainerCallback):
-    """Has the trainer save, and `stop_asked` say for which signal, as soon as all processes know of it."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        signals.set_training(True)
-
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.epoch_ends = False
         accelerator, names = self.trainer.accelerator, [None, *signals.EXIT_CODES]
         asked = names.index(signals.asked)
         if accelerator.num_processes > 1:  # one that heard of it stops all, at the same step
@@ -76,8 +67,7 @@ class Resumable:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.add_callback(EpochEnd(self))
-        self.add_callback(StopWhenAsked(self))
+        self.add_callback(Phases(self))
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self._started = time.time()

@@ -57,15 +57,12 @@ class Lean:
     def __init__(self, *args, pad_rows: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         args = self.args
-        plain = (
-            self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-            or args.torch_compile
-            or getattr(self, "aux_loss_enabled", False)
-        )
-        # noise is scaled by a row's length
-        plain = plain or getattr(args, "use_liger_kernel", False) or args.neftune_noise_alpha is not None
-        if pad_rows or plain or getattr(args, "packing", False) or getattr(args, "padding_free", False):
+        unfit = [
+            getattr(args, flag, False) for flag in ("torch_compile", "use_liger_kernel", "packing", "padding_free")
+        ]
+        unfit += [self.is_fsdp_enabled, self.is_deepspeed_enabled, getattr(self, "aux_loss_enabled", False)]
+        unfit += [args.neftune_noise_alpha is not None]  # the noise is scaled by a row's length
+        if pad_rows or any(unfit):
             return
         for model in filter(None, (self.model, getattr(self, "ref_model", None))):
             use_lean(model, args.device, self.accelerator.mixed_precision != "no" or model.dtype.itemsize < 4)

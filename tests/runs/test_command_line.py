@@ -42,6 +42,12 @@ def test_yaml_files_are_read_left_to_right_and_flags_win(tmp_path):
     assert not model.use_peft and model.lora_target_modules == ["x", "y"]
 
 
+@pytest.mark.parametrize(("typed", "read"), [("saved/sft/", "saved/sft"), ("saved/sft", "saved/sft")])
+def test_a_folder_typed_with_a_slash_at_its_end_is_the_same_folder(typed, read):
+    """Else what to type next would be `saved/sft/_reward`, inside of it, which is refused."""
+    assert parse("--model_name_or_path=m", f"--output_dir={typed}")[1].output_dir == read
+
+
 def test_the_best_model_needs_no_word_on_when_to_save():
     best = ("--load_best_model_at_end", "--metric_for_best_model", "eval_rouge_avg")
     assert parse(*REQUIRED, *best)[1].save_strategy == "best"

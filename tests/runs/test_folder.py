@@ -131,6 +131,7 @@ def test_logging_saving_evaluating_and_memory_may_change(inputs, tmp_path):
     saved, flags = copied(inputs, tmp_path)
     flags |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     flags |= {"logging_steps": 2, "save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 1}
+    flags |= {"project": "another", "torch_empty_cache_steps": 9}
     run_script("sft_training", output_dir=inputs / "run", **flags)
     assert (inputs / "run" / "run.json").exists()
     put_back(inputs, saved)
