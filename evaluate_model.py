@@ -142,7 +142,8 @@ def check(args) -> None:
     if any((Path(args.output_dir) / name).exists() for name in MODELS):
         raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
     check_folder("--output_dir", args.output_dir)
-    check_names("preference" if not args.model_name_or_path else "prompt", args.dataset_names, args.eval_dataset_names)
+    task = "prompt" if args.model_name_or_path else "preference"
+    check_names(task, args.dataset_names, args.eval_dataset_names, args.ignore_columns)
 
 
 def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:

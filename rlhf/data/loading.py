@@ -93,19 +93,24 @@ def load_held_out(
     return evals, report
 
 
-def check_names(task: str, *names: str | None) -> None:
+def check_names(
+    task: str, dataset_names: str | None, eval_dataset_names: str | None = None, ignore_columns: str | None = None
+) -> None:
     """What is wrong with --dataset_names and --eval_dataset_names as far as the hub need not be asked.
 
     Raises:
         UserError: for an unknown name, a missing or unreadable file, a dataset that does not serve the task.
     """
-    for text in (text for text in names if text is not None):
-        found = parse_names(text)
-        if not any(on_hub(name) for name in found):
-            resolve([text], task, None, None)
-        for name in found:
-            if not on_hub(name):
-                source_of(name)
+    for names in (dataset_names, eval_dataset_names):
+        if names is None:
+            continue
+        found = parse_names(names)
+        here = [name for name in found if not on_hub(name)]
+        if here == found:
+            resolve([names], task, ignore_columns, None)
+        else:
+            for name in here:
+                source_of(name, names_in(ignore_columns))
 
 
 def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int | None):
@@ -115,7 +120,7 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
     """
     if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise UserError(f"--max_pairs_per_prompt is {max_pairs_per_prompt}; give 1 or more")
-    ignored = frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
+    ignored = names_in(ignore_columns)
     named = [names and [(source_of(name, ignored), name) for name in parse_names(names)] for names in lists]
     labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs or []})
     results = []
@@ -160,10 +165,13 @@ def labels_apart(sources: dict[str, Source]) -> tuple[dict[str, str], list[str]]
     return labels, [f"{labels[origin]}: {sources[origin].path or origin.strip()}" for origin in moved]
 
 
+def names_in(ignore_columns: str | None) -> frozenset[str]:
+    return frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
+
+
 def refuse_unknown(ignore_columns: str | None, report: dict):
     """Raises a UserError for a column to ignore that no row has: a slip there would leave another one in use."""
     parts = [*report["datasets"].values(), *report["evaluation"].values()]
-    seen = {name for entry in parts for name in entry["unused"]}
-    for name in filter(None, map(str.strip, (ignore_columns or "").split(","))):
-        if name not in seen:
-            raise UserError(f"--ignore_columns {name}: no row has a column or key of that name")
+    unknown = names_in(ignore_columns).difference(*(entry["unused"] for entry in parts))
+    if unknown:
+        raise UserError(f"--ignore_columns {','.join(sorted(unknown))}: no row has a column or key of that name")
