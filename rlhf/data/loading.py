@@ -29,8 +29,8 @@ def load_datasets(
     """
     if not 0 <= validation_split_percentage < 100:
         raise UserError(f"--validation_split_percentage is {validation_split_percentage:g}; give 0 or more, below 100")
-    ways = ignore_columns, max_pairs_per_prompt
-    (train, evaluate), notes = resolve([dataset_names, eval_dataset_names], task, *ways)
+    names = [dataset_names, eval_dataset_names]
+    (train, evaluate), notes = resolve(names, task, ignore_columns, max_pairs_per_prompt)
     rows, evals, report = mix(
         train,
         evaluate,
@@ -40,13 +40,8 @@ def load_datasets(
         seed=seed,
         max_bad_percentage=max_bad_percentage,
     )
-    report["notes"] = notes + report["notes"]
     refuse_unknown(ignore_columns, report)
-    for label, entry in report["evaluation"].items():
-        if not entry["kept"]:
-            report["notes"].append(
-                f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
-            )
+    report["notes"] = notes + report["notes"]
     return rows, evals, report
 
 
@@ -87,9 +82,7 @@ def load_held_out(
             "  raise --validation_split_percentage, or name a file that was not trained on with --eval_dataset_names"
         )
     refuse_unknown(ignore_columns, report)
-    report["notes"] = notes + [
-        f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
-    ]
+    report["notes"] = notes + report["notes"]
     return evals, report
 
 
