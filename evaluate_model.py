@@ -185,7 +185,8 @@ def load_judges(args, device) -> dict:
 def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], folder: Path, device):
     """The answers of each column, {label: (model, setting)}, and what is measured of them: two {label: one a row}.
 
-    The entry is None for a prompt that the model cannot read. One model is in memory at a time, beside the baseline.
+    The entry is None for a prompt that the model cannot read, and measured is only what those before could read too.
+    One model is in memory at a time, beside the baseline.
     """
     from rlhf.evaluation.answers import Contestant, answer, measure
 
@@ -207,6 +208,7 @@ def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], fol
             raise UserError(f"no prompt fits {name}: {refused or 'none can be rendered'}")
         if refused:
             print(f"{label}: prompts left out: {refused}")
+        able = [i for i in able if all(made[i] for made in answers.values())]  # the baseline, too: it comes first
         firsts = [answers[label][i][0] for i in able]
         found = measure(model, baseline, [rows[i] for i in able], firsts, setting["temperature"] or 1.0, **size)
         found = dict(zip(able, found, strict=True))
