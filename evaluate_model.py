@@ -230,8 +230,7 @@ def evaluate_models(args, judges: dict, device, folder: Path) -> dict:
 
     rows, data = load_rows(args, "prompt", 200)
     make_folder(folder / "answers")
-    asked = split_names(args.model_name_or_path)
-    settings = settings_of(args)
+    asked, settings = split_names(args.model_name_or_path), settings_of(args)
     columns = {
         short + ending: (name, setting)
         for short, name in names_of(args).items()

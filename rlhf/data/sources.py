@@ -150,7 +150,8 @@ def code_of(entry: Entry) -> str:
 def reader_of(row: dict, place: str, ignored: frozenset) -> tuple[Callable, str, dict]:
     """(conversion, its own code, options) for rows like this: a registered dataset's, or a layout's."""
     row = without(row, ignored, set())
-    fitting = [e for e in DATASETS.values() if e.known_by and e.known_by <= {k for k in row if not nothing(row[k])}]
+    with_value = {key for key, value in row.items() if not nothing(value)}
+    fitting = [entry for entry in DATASETS.values() if entry.known_by and entry.known_by <= with_value]
     if fitting:
         entry = max(fitting, key=lambda entry: len(entry.known_by))
         return entry.convert, code_of(entry), entry.options
