@@ -114,12 +114,12 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
     if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise UserError(f"--max_pairs_per_prompt is {max_pairs_per_prompt}; give 1 or more")
     ignored = names_in(ignore_columns)
-    named = [names and [(source_of(name, ignored), name) for name in parse_names(names)] for names in lists]
-    labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs or []})
+    named = [[(source_of(name, ignored), name) for name in parse_names(names)] if names else [] for names in lists]
+    labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs})
     results = []
     for pairs in named:
         usable = {}
-        for source, name in pairs or []:
+        for source, name in pairs:
             if kind_for(task, source.kinds) is None:
                 tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
                 notes += [f"{name.name} serves {tasks}, not {task}: skipped"]
@@ -135,7 +135,7 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
         if pairs and not usable:
             able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
             raise UserError(f"{notes[-1].removesuffix(': skipped')}\nfor {task} use one of {able}")
-        results.append(list(usable.values()) if pairs else None)
+        results.append(list(usable.values()) or None)
     return results, list(dict.fromkeys(notes))
 
 
