@@ -82,9 +82,7 @@ def parse(line: str):
 def json_values(stream, path) -> Iterator[tuple[int, object]]:
     """JSON values one after another, or the elements of one list, whatever the line breaks."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    scan = DECODER.raw_decode
-    text, position, line, in_list, closed, wanted = "", 0, 1, False, False, CHUNK
-    ended = False
+    text, position, line, closed, wanted, ended = "", 0, 1, False, CHUNK, False
 
     def more():
         nonlocal text, position, ended
@@ -97,11 +95,13 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
             raise not_utf8(path, place, chunk) from error
 
     more()
-    if text.lstrip()[:1] == "[":
-        in_list, position = True, text.index("[") + 1
+    in_list = text.lstrip().startswith("[")
+    if in_list:
+        position = text.index("[") + 1
         line += text.count("\n", 0, position)
+    between = re.compile(r"[\s,\]]*" if in_list else r"\s*")
     while True:
-        gap = re.compile(r"[\s,\]]*" if in_list else r"\s*").match(text, position)
+        gap = between.match(text, position)
         line += gap.group().count("\n")
         closed = "]" in gap.group() or (closed and gap.end() == len(text))
         position = gap.end()
@@ -115,7 +115,7 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
             more()
             continue
         try:
-            row, end = scan(text, position)
+            row, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             place = getattr(error, "pos", position)
