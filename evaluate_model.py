@@ -142,7 +142,8 @@ def check(args) -> None:
     if any((Path(args.output_dir) / name).exists() for name in MODELS):
         raise UserError(f"--output_dir {args.output_dir} holds a model: name another folder for the report")
     check_folder("--output_dir", args.output_dir)
-    check_names("preference" if not args.model_name_or_path else "prompt", args.dataset_names, args.eval_dataset_names)
+    task = "prompt" if args.model_name_or_path else "preference"
+    check_names(task, args.dataset_names, args.eval_dataset_names, args.ignore_columns)
 
 
 def load_rows(args, task: str, most: int) -> tuple[list[dict], dict]:
@@ -184,7 +185,8 @@ def load_judges(args, device) -> dict:
 def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], folder: Path, device):
     """The answers of each column, {label: (model, setting)}, and what is measured of them: two {label: one a row}.
 
-    The entry is None for a prompt that the model cannot read. One model is in memory at a time, beside the baseline.
+    The entry is None for a prompt that the model cannot read, and measured is only what those before could read too.
+    One model is in memory at a time, beside the baseline.
     """
     from rlhf.evaluation.answers import Contestant, answer, measure
 
@@ -206,6 +208,7 @@ def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], fol
             raise UserError(f"no prompt fits {name}: {refused or 'none can be rendered'}")
         if refused:
             print(f"{label}: prompts left out: {refused}")
+        able = [i for i in able if all(made[i] for made in answers.values())]  # the baseline, too: it comes first
         firsts = [answers[label][i][0] for i in able]
         found = measure(model, baseline, [rows[i] for i in able], firsts, setting["temperature"] or 1.0, **size)
         found = dict(zip(able, found, strict=True))
@@ -227,8 +230,7 @@ def evaluate_models(args, judges: dict, device, folder: Path) -> dict:
 
     rows, data = load_rows(args, "prompt", 200)
     make_folder(folder / "answers")
-    asked = split_names(args.model_name_or_path)
-    settings = settings_of(args)
+    asked, settings = split_names(args.model_name_or_path), settings_of(args)
     columns = {
         short + ending: (name, setting)
         for short, name in names_of(args).items()

@@ -314,7 +314,7 @@ def main(args):
     if args.list or args.dataset_names is None:
         print(listing())
         return
-    check_names(args.task, args.dataset_names, args.eval_dataset_names)
+    check_names(args.task, args.dataset_names, args.eval_dataset_names, args.ignore_columns)
     missing_path("model_name_or_path", args.model_name_or_path)
     if args.system_prompt is not None and not args.model_name_or_path:
         raise UserError("--system_prompt needs --model_name_or_path, whose template writes it: rows do not hold it")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -396,14 +397,16 @@ def test_a_mistake_says_what_to_type(flags, says, base, data, judges, tmp_path):
 
 def test_prompts_that_a_model_cannot_read_are_left_out_of_the_comparison(base, other, data, tmp_path, monkeypatch):
     prompt_ids = Contestant.prompt_ids
+    shutil.copytree(base, tmp_path / "twin")  # of the same tokens: its KL is by the prompt's own
 
     def forgetful(self, prompt):
-        return None if self.name == other and "number 7" in prompt[0]["content"] else prompt_ids(self, prompt)
+        return None if self.name != base and "number 7" in prompt[0]["content"] else prompt_ids(self, prompt)
 
     monkeypatch.setattr(Contestant, "prompt_ids", forgetful)
-    flags = {"model_name_or_path": base, "eval_dataset_names": data, "baseline": other}
-    report, samples = evaluate(tmp_path, **flags)
-    assert len(samples) == 47 and "1 prompts left out" in report["data"]["notes"][0]
+    for baseline in (str(tmp_path / "twin"), other):
+        flags = {"model_name_or_path": base, "eval_dataset_names": data, "baseline": baseline}
+        report, samples = evaluate(tmp_path / "report", **flags)
+        assert len(samples) == 47 and "1 prompts left out" in report["data"]["notes"][0]
     monkeypatch.setattr(Contestant, "prompt_ids", lambda self, prompt: None)
     with pytest.raises(UserError, match="no prompt fits"):
         evaluate(tmp_path / "none", **flags)

@@ -383,6 +383,7 @@ def test_demo_worlds_are_numbered_and_bring_their_own_test_rows():
         ("demo,demo:0.5", "sft", "named twice"),
         ("missing.jsonl", "sft", "no such file"),
         ("./demo", "sft", "no such file"),
+        ("~nobody/rows.jsonl", "sft", "no such file"),
         (",", "sft", "type for example --dataset_names uc"),
     ],
 )

@@ -8,6 +8,7 @@ that no stale rows are used; the fingerprint is verified, so that no damaged one
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -207,40 +208,43 @@ def hashes(row: dict, answers: list[str]) -> dict[str, bytes]:
     }
 
 
+def schema_of(task: str):
+    """The columns of a task's prepared rows: its own, what is known of them, and their hashes."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns = [(name, pa.string() if name == "reference" else pa.list_(message)) for name in COLUMNS[task]]
+    columns += [("margin", pa.float64())] if task == "preference" else []
+    columns += [("score", pa.float64()), ("dataset", pa.string()), ("held_out", pa.bool_())]
+    return pa.schema(columns + [(name, pa.uint64()) for name in ("row_hash", "prompt_hash", "opening_hash")])
+
+
+def record_batch(rows: list[dict], schema):
+    import pyarrow as pa
+
+    def column(field):
+        values = [row.get(field.name) for row in rows]
+        if pa.types.is_uint64(field.type):
+            return pa.array([int.from_bytes(value, "little") for value in values], field.type)
+        if not pa.types.is_list(field.type):
+            return pa.array(values, field.type)
+        # (rows, turns): three flat arrays are many times faster than a list of dicts
+        ends = pa.array([0, *itertools.accumulate(map(len, values))], pa.int32())
+        message, turns = field.type.value_type, [turn for messages in values for turn in messages]
+        flat = [pa.array([turn[key.name] for turn in turns], key.type) for key in message]
+        return pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays(flat, fields=list(message)))
+
+    return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
+
+
 def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
     """Writes the usable rows as an Arrow stream; returns how many were read, kept and dropped, and where first."""
     import pyarrow as pa
     from tqdm import tqdm
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    texts = [column for column in COLUMNS[task] if column != "reference"]
-    answers = [column for column in texts if column != "prompt"]
-    others = {"preference": [("margin", pa.float64())], "prompt": [("reference", pa.string())], "sft": []}[task]
-    others += [("score", pa.float64()), ("dataset", pa.string()), ("held_out", pa.bool_())]
-    keys = [(name, pa.uint64()) for name in ("row_hash", "prompt_hash", "opening_hash")]
-    schema = pa.schema([(column, pa.list_(message)) for column in texts] + others + keys)
-
-    def message_lists(lists):  # (rows, turns): three flat arrays are many times faster than a list of dicts
-        ends = [0]
-        for messages in lists:
-            ends.append(ends[-1] + len(messages))
-        flat = [
-            pa.array([turn[key] for messages in lists for turn in messages], pa.string())
-            for key in ("role", "content")
-        ]
-        return pa.ListArray.from_arrays(
-            pa.array(ends, pa.int32()), pa.StructArray.from_arrays(flat, fields=list(message))
-        )
-
-    def flush():
-        columns = [message_lists([row[column] for row in batch]) for column in texts]
-        columns += [pa.array([row.get(name) for row in batch], kind) for name, kind in others]
-        columns += [pa.array([int.from_bytes(row[name], "little") for row in batch], kind) for name, kind in keys]
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-        batch.clear()
-
-    counts, dropped, first, unused, batch, characters = Counter(), Counter(), {}, set(), [], 0
-    content = hashlib.sha256()
+    schema, texts = schema_of(task), [column for column in COLUMNS[task] if column != "reference"]
+    counts, dropped, first, unused = Counter(read=0, extra=0, rows=0, bad=0), Counter(), {}, set()
+    batch, characters, content = [], 0, hashlib.sha256()
     step = 0.5 if sys.stderr.isatty() else 30  # seconds between the bar's updates
     rows = source.regroup(open_rows()) if source.regroup else open_rows()
     bar = tqdm(rows, desc=f"preparing {source.label}", unit=" rows", delay=3, mininterval=step, leave=False)
@@ -255,26 +259,18 @@ def write_rows(source: Source, task: str, open_rows, path: Path) -> dict:
                     counts["bad"] += isinstance(row, BadRow)
                     first.setdefault(str(row), place)
                     continue
-                row |= hashes(row, answers) | {"dataset": source.label}
+                row |= hashes(row, texts[1:]) | {"dataset": source.label}
                 row["held_out"] = raw.get("held_out") is True and "held_out" not in source.ignored
                 content.update(row["row_hash"])
                 counts["rows"] += 1
                 batch.append(row)
                 characters += sum(len(turn["content"]) for column in texts for turn in row[column])
                 if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-                    flush()
-                    characters = 0
+                    writer.write_batch(record_batch(batch, schema))
+                    batch, characters = [], 0
             if not made:
                 dropped[f"nothing for {task}"] += 1
             counts["extra"] += max(made - 1, 0)
-        flush()
-    return {
-        "read": counts["read"],
-        "extra": counts["extra"],
-        "rows": counts["rows"],
-        "bad": counts["bad"],
-        "dropped": dict(dropped),
-        "first": first,
-        "unused": sorted(unused),
-        "fingerprint": content.hexdigest()[:16],
-    }
+        writer.write_batch(record_batch(batch, schema))
+    found = {"dropped": dict(dropped), "first": first, "unused": sorted(unused)}
+    return dict(counts) | found | {"fingerprint": content.hexdigest()[:16]}

@@ -7,6 +7,7 @@ stead, and a file that cannot be right raises UserError. No reader holds more th
 import codecs
 import csv
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -23,11 +24,9 @@ HELD_OUT = (("validation", "valid", "val", "eval", "dev"), ("test",))
 
 def read_file(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of one file with their places."""
-    packed = path.suffix == ".gz"
-    reader = READERS[path.with_suffix("").suffix if packed else path.suffix]
-    line = 0
+    reader, line = file_reader(path), 0
     try:
-        with gzip.open(path) if packed else open(path, "rb") as stream:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
             if reader is not parquet_rows:
                 refuse_utf16(stream.peek(64)[:64], path)
             for line, row in reader(stream, path):
@@ -45,24 +44,14 @@ def read_file(path: Path) -> Iterator[tuple[str, object]]:
 
 def json_lines(stream, path) -> Iterator[tuple[int, object]]:
     """One JSON value a line; a file that is not so laid out is read as JSON over several lines."""
-    head, parsed = [], []
-    lines = text_lines(stream, path)
-    for number, line in lines:
-        head.append((number, line))
-        if line.strip():
-            parsed.append(parse(line))
-        if len(parsed) == 3:
-            break
-    if parsed and (isinstance(parsed[0], list) or all(isinstance(row, BadRow) for row in parsed)):
+    rows = ((number, parse(line)) for number, line in text_lines(stream, path) if line and not line.isspace())
+    head = list(itertools.islice(rows, 3))
+    if head and (isinstance(head[0][1], list) or all(isinstance(row, BadRow) for _, row in head)):
         stream.seek(0)
         yield from json_values(stream, path)
-        return
-    for number, line in head:
-        if line.strip():
-            yield number, parse(line)
-    for number, line in lines:
-        if not line.isspace():
-            yield number, parse(line)
+    else:
+        yield from head
+        yield from rows
 
 
 class KeyTwice(ValueError):
@@ -93,9 +82,7 @@ def parse(line: str):
 def json_values(stream, path) -> Iterator[tuple[int, object]]:
     """JSON values one after another, or the elements of one list, whatever the line breaks."""
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    scan = DECODER.raw_decode
-    text, position, line, in_list, closed, wanted = "", 0, 1, False, False, CHUNK
-    ended = False
+    text, position, line, closed, wanted, ended = "", 0, 1, False, CHUNK, False
 
     def more():
         nonlocal text, position, ended
@@ -108,11 +95,13 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
             raise not_utf8(path, place, chunk) from error
 
     more()
-    if text.lstrip()[:1] == "[":
-        in_list, position = True, text.index("[") + 1
+    in_list = text.lstrip().startswith("[")
+    if in_list:
+        position = text.index("[") + 1
         line += text.count("\n", 0, position)
+    between = re.compile(r"[\s,\]]*" if in_list else r"\s*")
     while True:
-        gap = re.compile(r"[\s,\]]*" if in_list else r"\s*").match(text, position)
+        gap = between.match(text, position)
         line += gap.group().count("\n")
         closed = "]" in gap.group() or (closed and gap.end() == len(text))
         position = gap.end()
@@ -126,7 +115,7 @@ def json_values(stream, path) -> Iterator[tuple[int, object]]:
             more()
             continue
         try:
-            row, end = scan(text, position)
+            row, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             place = getattr(error, "pos", position)
@@ -231,24 +220,25 @@ def looks_like_gbk(seen: bytes) -> bool:
     return len(leads) >= 4 and common >= 0.8 * len(leads) and chinese >= len(leads) / 8
 
 
-def is_data(path: Path) -> bool:
-    """Whether the name is one that `read_file` reads."""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    return suffix in READERS and not (suffix == ".parquet" and path.suffix == ".gz")
+def file_reader(path: Path):
+    """The function that reads files of such a name, or None."""
+    packed = path.suffix == ".gz"
+    reader = READERS.get(path.with_suffix("").suffix if packed else path.suffix)
+    return None if packed and reader is parquet_rows else reader
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
     """{"train": files, "test": files} of a file or folder; a single file is all "train", to be split by prompt."""
     formats = f"{' '.join(READERS)} and .gz of them"
     if path.is_file():
-        if not is_data(path):
+        if not file_reader(path):
             raise UserError(f"{path}: cannot tell its format by its name\nread are {formats}")
         return {"train": [path], "test": []}
     hidden = ("dataset_info", "dataset_infos", "state")  # what `datasets` writes beside the data
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.is_file() and is_data(file) and file.stem not in hidden and not file.name.startswith(".")
+        if file.is_file() and file_reader(file) and file.stem not in hidden and not file.name.startswith(".")
     )
     if not files:
         raise UserError(f"{path}: a folder without data\nread are {formats}")

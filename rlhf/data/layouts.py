@@ -112,10 +112,7 @@ def oasst_root(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prom
     return tree_rows(row, subset)
 
 
-@layout("message_id", "text", "role", regroup=trees_of, unused=KEYS)
-def oasst_messages(row, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
-    """Open Assistant's flat messages, already gathered into a tree."""
-    return oasst_tree(row, subset)
+layout("message_id", "text", "role", regroup=trees_of, unused=KEYS)(oasst_tree)  # flat messages, already gathered
 
 
 def ranks_of(scores: list[float | None]) -> list[int | None]:
@@ -147,11 +144,10 @@ def by_prompt(rows) -> Iterator[tuple[str, object]]:
 def scored_answers(row) -> Ranking:
     """Answers with scores; those of one `user_input` are ranked against each other."""
     answers = row["answers"]
-    ranks = ranks_of(numbers_of([answer["score"] for answer in answers]))
     return {
-        "prompt": [question(answer) for answer in answers][0],
+        "prompt": [question(answer) for answer in answers][0],  # of all, so that all count as read
         "responses": [answer["completion"] for answer in answers],
-        "ranks": ranks,
+        "ranks": ranks_of(numbers_of([answer["score"] for answer in answers])),
     }
 
 
@@ -225,9 +221,9 @@ def comparison(row) -> Preference:
         pair = transcript_pair(better, worse)
     else:
         pair = pair_of(row, as_messages(better, "assistant"), as_messages(worse, "assistant"))
-    if "score_chosen" in row and has(row, "score_chosen") and has(row, "score_rejected"):
+    if has(row, "score_chosen") and has(row, "score_rejected"):
         pair["margin"] = float(row["score_chosen"]) - float(row["score_rejected"])
-    elif "margin" in row and has(row, "margin"):
+    elif has(row, "margin"):
         pair["margin"] = float(row["margin"])
     return pair
 
@@ -293,7 +289,7 @@ def seed_task(row) -> list[Demonstration]:
 def instruction(row) -> Demonstration:
     """A question, below it `input` or `context` if there is one, and the answer."""
     answer = pick(row, ANSWERED)
-    if not isinstance(answer, str) and not any(has(row, key) for key in ANSWERED.split("|") if key != "label"):
+    if not isinstance(answer, str) and not has(row, ANSWERED.removesuffix("|label")):
         raise BadRow("'label' is a mark, and no column holds the answer")
     return {"prompt": question(row), "completion": as_messages(answer, "assistant")}
 

@@ -29,8 +29,8 @@ def load_datasets(
     """
     if not 0 <= validation_split_percentage < 100:
         raise UserError(f"--validation_split_percentage is {validation_split_percentage:g}; give 0 or more, below 100")
-    ways = ignore_columns, max_pairs_per_prompt
-    (train, evaluate), notes = resolve([dataset_names, eval_dataset_names], task, *ways)
+    names = [dataset_names, eval_dataset_names]
+    (train, evaluate), notes = resolve(names, task, ignore_columns, max_pairs_per_prompt)
     rows, evals, report = mix(
         train,
         evaluate,
@@ -40,13 +40,8 @@ def load_datasets(
         seed=seed,
         max_bad_percentage=max_bad_percentage,
     )
-    report["notes"] = notes + report["notes"]
     refuse_unknown(ignore_columns, report)
-    for label, entry in report["evaluation"].items():
-        if not entry["kept"]:
-            report["notes"].append(
-                f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
-            )
+    report["notes"] = notes + report["notes"]
     return rows, evals, report
 
 
@@ -87,25 +82,28 @@ def load_held_out(
             "  raise --validation_split_percentage, or name a file that was not trained on with --eval_dataset_names"
         )
     refuse_unknown(ignore_columns, report)
-    report["notes"] = notes + [
-        f"{label}: no prompt was held out" for label, entry in report["evaluation"].items() if not entry["kept"]
-    ]
+    report["notes"] = notes + report["notes"]
     return evals, report
 
 
-def check_names(task: str, *names: str | None) -> None:
+def check_names(
+    task: str, dataset_names: str | None, eval_dataset_names: str | None = None, ignore_columns: str | None = None
+) -> None:
     """What is wrong with --dataset_names and --eval_dataset_names as far as the hub need not be asked.
 
     Raises:
         UserError: for an unknown name, a missing or unreadable file, a dataset that does not serve the task.
     """
-    for text in (text for text in names if text is not None):
-        found = parse_names(text)
-        if not any(on_hub(name) for name in found):
-            resolve([text], task, None, None)
-        for name in found:
-            if not on_hub(name):
-                source_of(name)
+    for names in (dataset_names, eval_dataset_names):
+        if names is None:
+            continue
+        found = parse_names(names)
+        here = [name for name in found if not on_hub(name)]
+        if here == found:
+            resolve([names], task, ignore_columns, None)
+        else:
+            for name in here:
+                source_of(name, names_in(ignore_columns))
 
 
 def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_pairs_per_prompt: int | None):
@@ -115,13 +113,13 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
     """
     if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
         raise UserError(f"--max_pairs_per_prompt is {max_pairs_per_prompt}; give 1 or more")
-    ignored = frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
-    named = [names and [(source_of(name, ignored), name) for name in parse_names(names)] for names in lists]
-    labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs or []})
+    ignored = names_in(ignore_columns)
+    named = [[(source_of(name, ignored), name) for name in parse_names(names)] if names else [] for names in lists]
+    labels, notes = labels_apart({source.origin: source for pairs in named for source, _ in pairs})
     results = []
     for pairs in named:
         usable = {}
-        for source, name in pairs or []:
+        for source, name in pairs:
             if kind_for(task, source.kinds) is None:
                 tasks = " and ".join(other for other in SERVES if kind_for(other, source.kinds))
                 notes += [f"{name.name} serves {tasks}, not {task}: skipped"]
@@ -137,7 +135,7 @@ def resolve(lists: list[str | None], task: str, ignore_columns: str | None, max_
         if pairs and not usable:
             able = ", ".join(name for name, entry in DATASETS.items() if kind_for(task, kinds_of(entry.convert)))
             raise UserError(f"{notes[-1].removesuffix(': skipped')}\nfor {task} use one of {able}")
-        results.append(list(usable.values()) if pairs else None)
+        results.append(list(usable.values()) or None)
     return results, list(dict.fromkeys(notes))
 
 
@@ -160,10 +158,13 @@ def labels_apart(sources: dict[str, Source]) -> tuple[dict[str, str], list[str]]
     return labels, [f"{labels[origin]}: {sources[origin].path or origin.strip()}" for origin in moved]
 
 
+def names_in(ignore_columns: str | None) -> frozenset[str]:
+    return frozenset(name.strip() for name in (ignore_columns or "").split(",") if name.strip())
+
+
 def refuse_unknown(ignore_columns: str | None, report: dict):
     """Raises a UserError for a column to ignore that no row has: a slip there would leave another one in use."""
     parts = [*report["datasets"].values(), *report["evaluation"].values()]
-    seen = {name for entry in parts for name in entry["unused"]}
-    for name in filter(None, map(str.strip, (ignore_columns or "").split(","))):
-        if name not in seen:
-            raise UserError(f"--ignore_columns {name}: no row has a column or key of that name")
+    unknown = names_in(ignore_columns).difference(*(entry["unused"] for entry in parts))
+    if unknown:
+        raise UserError(f"--ignore_columns {','.join(sorted(unknown))}: no row has a column or key of that name")

@@ -117,14 +117,25 @@ def hold_out(wanted: list, task: str, *, whole_files: bool, percentage, max_eval
     """({label: evaluation rows}, report) of a list of (Source, Name): just what `mix` keeps out of training."""
     evals, report = {}, {"datasets": {}, "evaluation": {}, "notes": []}
     for source, name in wanted:
-        rows = evaluation_part(source, task, whole_files and source.path is not None, percentage, max_bad_percentage)
-        for part in (name, Name("", count=max_eval_samples)):
-            rows.take(part, 0, EVALUATE)  # the same rows under every seed, comparable
-        whole = whole_files and source.path is not None and source.open(task, "test") is None
-        report["evaluation"][source.label] = account(rows) | {"held_out": not whole}
-        if len(rows.index):
-            evals[source.label] = rows.rows.select_columns([*COLUMNS[task], "dataset"]).select(rows.index)
+        whole = whole_files and source.path is not None
+        rows = evaluation_part(source, task, whole, percentage, max_bad_percentage)
+        add_evaluation(evals, report, rows, [name], max_eval_samples, [*COLUMNS[task], "dataset"])
+        report["evaluation"][source.label]["held_out"] = not (whole and source.open(task, "test") is None)
     return evals, report
+
+
+def add_evaluation(evals: dict, report: dict, rows: Part, names: list[Name], max_eval_samples, columns: list[str]):
+    """Adds what is sampled of the rows: the same under every seed, so that runs can be compared."""
+    for name in (*names, Name("", count=max_eval_samples)):
+        rows.take(name, 0, EVALUATE)
+    label = rows.source.label
+    report["evaluation"][label] = account(rows)
+    if len(rows.index):
+        evals[label] = rows.rows.select_columns(columns).select(rows.index)
+    else:
+        report["notes"].append(
+            f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
+        )
 
 
 def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_samples, seed, max_bad_percentage):
@@ -133,29 +144,16 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
     Without `evaluate` every training set is evaluated on: on its own test side, or on what the split holds out.
     """
     import numpy as np
-    from datasets import concatenate_datasets
 
-    votes = [str(source.path or source.origin.strip()) for source, _ in train if source.regroup is by_pair]
-    if len(votes) > 1:
-        raise UserError(
-            f"{' and '.join(votes)} are votes: apart, a pair and its reverse could both be trained on\n"
-            "put the files into one folder, each under its own name, and give the folder: there the majority decides"
-        )
     report = {"task": task, "seed": seed, "validation_split_percentage": percentage}
     report |= {"datasets": {}, "evaluation": {}, "notes": []}
-    trained = {source.label: part_of(source, task, "train", max_bad_percentage, seed) for source, _ in train}
-    empty = next((source for source, _ in train if trained[source.label] is None), None)
-    if empty:
-        raise UserError(
-            f"{empty.origin.strip()}: only test rows, none to train on\nname a file in it to train on that"
-        )
-    tests = {}
+    trained, tests = training_parts(train, task, seed, max_bad_percentage), {}
     for source, _ in train if evaluate is None else evaluate:
         # a file that is named for evaluation alone is evaluated on whole
         whole = source.path is not None and source.label not in trained
         tests[source.label] = evaluation_part(source, task, whole, percentage, max_bad_percentage)
     # the rows that an evaluation leaves out for brevity count as seen too: its size must not change what is trained on
-    seen = np.concatenate([rows.of("prompt") for rows in tests.values()]) if tests else np.array([], np.uint64)
+    seen = np.concatenate([rows.of("prompt") for rows in tests.values()])
 
     for source, name in train:
         rows = trained[source.label]
@@ -165,45 +163,72 @@ def mix(train: list, evaluate: list | None, task: str, *, percentage, max_eval_s
             rows.split("train", percentage)
         rows.drop("prompt is in an evaluation set", np.isin(rows.of("prompt"), seen))
         rows.take(name, seed)
-    unique = "prompt" if task == "prompt" else "row"
-    again = earlier_with_same(np.concatenate([rows.of(unique) for rows in trained.values()])) > 0
-    contained = set()
-    for label, rows in trained.items():
-        mine, again = again[: len(rows.index)], again[len(rows.index) :]
-        if len(mine) and mine.all():
-            contained.add(label)
-            report["notes"].append(f"{label}: left out, for sets named before have all its rows")
-        rows.drop("in a set named before", mine)
+    contained = drop_repeated(trained, "prompt" if task == "prompt" else "row")
+    report["notes"] += [f"{label}: left out, for sets named before have all its rows" for label in contained]
     if evaluate is not None and any(label not in tests for label in trained):
         report["notes"].append("nothing is held out of sets that --eval_dataset_names does not name")
 
     total = sum(len(rows.index) for rows in trained.values())
     for label, rows in trained.items():
-        report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
         if not len(rows.index) and label not in contained:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
-            held = "\nits prompts are held out of training, to measure on: votes to train on are given on others"
-            hint = held if any("held out" in reason for reason in rows.set_aside) else ""
-            raise UserError(f"{label}: no row is left to train on: {reasons}{hint}")
-    parts = list(trained.values())
+            raise nothing_left(rows)
+        report["datasets"][label] = account(rows) | {"share": len(rows.index) / max(total, 1)}
+    columns, tables = [*COLUMNS[task], "dataset"], [rows.rows.data for rows in [*trained.values(), *tests.values()]]
+    if task == "preference" and all(table.column("margin").null_count == 0 for table in tables):
+        columns.insert(-1, "margin")
+    evals = {}
+    for rows, (_, name) in zip(tests.values(), evaluate or train, strict=True):
+        add_evaluation(evals, report, rows, [name] if evaluate else [], max_eval_samples, columns)
+    return shuffled(list(trained.values()), columns, seed), evals, report
+
+
+def training_parts(train: list, task: str, seed: int, max_bad_percentage: float) -> dict[str, Part]:
+    """The rows of each set by its label; raises a UserError where there are none, and for votes in several sets."""
+    votes = [str(source.path or source.origin.strip()) for source, _ in train if source.regroup is by_pair]
+    if len(votes) > 1:
+        raise UserError(
+            f"{' and '.join(votes)} are votes: apart, a pair and its reverse could both be trained on\n"
+            "put the files into one folder, each under its own name, and give the folder: there the majority decides"
+        )
+    parts = {source.label: part_of(source, task, "train", max_bad_percentage, seed) for source, _ in train}
+    for source, _ in train:
+        if parts[source.label] is None:
+            raise UserError(
+                f"{source.origin.strip()}: only test rows, none to train on\nname a file in it to train on that"
+            )
+    return parts
+
+
+def drop_repeated(parts: dict[str, Part], unique: str) -> list[str]:
+    """Takes out what a set named before has; returns the labels of the sets that have nothing else."""
+    import numpy as np
+
+    again = earlier_with_same(np.concatenate([rows.of(unique) for rows in parts.values()])) > 0
+    contained = []
+    for label, rows in parts.items():
+        mine, again = again[: len(rows.index)], again[len(rows.index) :]
+        if len(mine) and mine.all():
+            contained.append(label)
+        rows.drop("in a set named before", mine)
+    return contained
+
+
+def nothing_left(rows: Part) -> UserError:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in (rows.dropped | rows.set_aside).items())
+    held = "\nits prompts are held out of training, to measure on: votes to train on are given on others"
+    hint = held if any("held out" in reason for reason in rows.set_aside) else ""
+    return UserError(f"{rows.source.label}: no row is left to train on: {reasons}{hint}")
+
+
+def shuffled(parts: list[Part], columns: list[str], seed: int):
+    """The rows of all parts that are still in, in the order that the seed and their hashes decide."""
+    import numpy as np
+    from datasets import concatenate_datasets
+
     starts = np.cumsum([0] + [len(rows.rows) for rows in parts[:-1]])
     index = np.concatenate([rows.index + start for rows, start in zip(parts, starts, strict=True)])
     order = np.argsort(scramble(np.concatenate([rows.of("row") for rows in parts]), seed, ORDER), kind="stable")
-    columns = [*COLUMNS[task], "dataset"]
-    tables = [rows.rows.data for rows in [*parts, *tests.values()]]
-    if task == "preference" and all(table.column("margin").null_count == 0 for table in tables):
-        columns.insert(-1, "margin")
-    mixture = concatenate_datasets([rows.rows.select_columns(columns) for rows in parts]).select(index[order])
-
-    evals = {}
-    for (label, rows), (_, name) in zip(tests.items(), evaluate or train, strict=True):
-        if evaluate is not None:
-            rows.take(name, 0, EVALUATE)
-        rows.take(Name("", count=max_eval_samples), 0, EVALUATE)  # the same rows under every seed, comparable
-        report["evaluation"][label] = account(rows)
-        if len(rows.index):
-            evals[label] = rows.rows.select_columns(columns).select(rows.index)
-    return mixture, evals, report
+    return concatenate_datasets([rows.rows.select_columns(columns) for rows in parts]).select(index[order])
 
 
 def account(rows: Part) -> dict:

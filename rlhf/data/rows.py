@@ -127,11 +127,8 @@ def clean(row: dict) -> dict:
 
 def clean_message(message: Message) -> Message | None:
     """The message with its text stripped; None for a system prompt that says nothing."""
-    role, content = message["role"], message["content"]
-    role = ROLES[role] if type(role) is str and role in ROLES else known_role(role)
-    if type(content) is not str:
-        content = text_of(content or "" if role == "system" else content)
-    content = content.strip()
+    role, content = known_role(message["role"]), message["content"]
+    content = text_of(content or "" if role == "system" else content).strip()
     if not content:
         if role == "system":
             return None

@@ -150,7 +150,8 @@ def code_of(entry: Entry) -> str:
 def reader_of(row: dict, place: str, ignored: frozenset) -> tuple[Callable, str, dict]:
     """(conversion, its own code, options) for rows like this: a registered dataset's, or a layout's."""
     row = without(row, ignored, set())
-    fitting = [e for e in DATASETS.values() if e.known_by and e.known_by <= {k for k in row if not nothing(row[k])}]
+    with_value = {key for key, value in row.items() if not nothing(value)}
+    fitting = [entry for entry in DATASETS.values() if entry.known_by and entry.known_by <= with_value]
     if fitting:
         entry = max(fitting, key=lambda entry: len(entry.known_by))
         return entry.convert, code_of(entry), entry.options
@@ -204,23 +205,27 @@ def from_hub(name: str, subset: str, ignored: frozenset) -> Source:
     return Source(label, origin, open_side, kinds_of(read), read, code, **options)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a file's or a folder's, there or not."""
+    there = os.path.exists(os.path.expanduser(name))
+    return there or Path(name).suffix in (".gz", *READERS) or name.startswith((".", "/", "~"))
+
+
 def on_hub(name: Name) -> bool:
     """Whether a name is none of ours and no file, but may be the hub's."""
-    if name.name in DATASETS or os.path.exists(os.path.expanduser(name.name)):
-        return False
-    is_path = Path(name.name).suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~"))
-    return not is_path and re.fullmatch(r"[\w.-]+/[\w.-]+", name.name) is not None
+    known = name.name in DATASETS or is_path(name.name)
+    return not known and re.fullmatch(r"[\w.-]+/[\w.-]+", name.name) is not None
 
 
 def source_of(name: Name, ignored: frozenset = frozenset()) -> Source:
     """The source behind a name: a registered dataset, a file or folder, or a hub id."""
     if name.name in DATASETS:
         return registered(DATASETS[name.name], name.subset)
-    path = Path(name.name).expanduser()
-    if os.path.exists(path):
+    if is_path(name.name):
+        path = Path(os.path.expanduser(name.name))
+        if not os.path.exists(path):
+            raise UserError(f"{name.name}: there is no such file or folder")
         return local(path, name.subset, ignored)
-    if path.suffix in (".gz", *READERS) or name.name.startswith((".", "/", "~")):
-        raise UserError(f"{name.name}: there is no such file or folder")
     if on_hub(name):
         return from_hub(name.name, name.subset, ignored)
     near = difflib.get_close_matches(name.name, DATASETS, n=3, cutoff=0.4)

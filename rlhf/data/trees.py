@@ -16,6 +16,7 @@ KEYS = (
     "message_id parent_id user_id created_date text role lang review_count review_result deleted rank synthetic "
     "model_name detoxify message_tree_id tree_state emojis labels events replies"
 )
+LEFT_OUT = (("deleted", "deleted", True), ("rejected", "review_result", False), ("synthetic", "synthetic", True))
 KEPT = ("text", "role", "lang", "rank", "deleted", "review_result", "synthetic")
 
 
@@ -50,25 +51,16 @@ def trees_of(rows) -> Iterator[tuple[str, object]]:
     yield from roots
 
 
-def left_out(node) -> str | None:
-    """Why a message is not to be learnt from, or None."""
-    for reason, mark, bad in (
-        ("deleted",) * 2 + (True,),
-        ("rejected", "review_result", False),
-        ("synthetic",) * 2 + (True,),
-    ):
+def left_out(node) -> list[Skip]:
+    """Where a message is not to be learnt from, a Skip for it and for each below it."""
+    for reason, mark, bad in LEFT_OUT:
         if node.get(mark) not in (None, "") and is_set(mark, node[mark]) is bad:
-            return reason
-    return None
-
-
-def size(node) -> int:
-    """How many messages there are from this one down."""
-    count, stack = 0, [node]
-    while stack:
-        count += 1
-        stack += stack.pop().get("replies") or []
-    return count
+            count, stack = 0, [node]
+            while stack:
+                count += 1
+                stack += stack.pop().get("replies") or []
+            return [Skip(f"{reason} message, or below one")] * count
+    return []
 
 
 def tree_rows(root, subset: str = "") -> Iterator[Demonstration | Ranking | Prompt]:
@@ -86,8 +78,8 @@ def tree_rows(root, subset: str = "") -> Iterator[Demonstration | Ranking | Prom
     top_k = int(tops[0]) if tops else 1
     if languages and root.get("lang") not in languages:
         raise Skip("another language")
-    if left_out(root):
-        yield from [Skip(f"{left_out(root)} message, or below one")] * size(root)
+    if skips := left_out(root):
+        yield from skips
         return
     stack = [(root, [], 0, True)]  # node, the turns before it, how many of those are demonstrated, among the best?
     while stack:
@@ -95,9 +87,9 @@ def tree_rows(root, subset: str = "") -> Iterator[Demonstration | Ranking | Prom
         path = [*before, {"role": node["role"], "content": node["text"]}]
         replies = []
         for reply in node.get("replies") or []:
-            if left_out(reply):
-                yield from [Skip(f"{left_out(reply)} message, or below one")] * size(reply)
-            else:
+            skips = left_out(reply)
+            yield from skips
+            if not skips:
                 replies.append(reply)
         asks = node["role"] in ("prompter", "user")
         if asks:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.data.columns import Row, opening_of, with_opening
-from rlhf.data.files import is_data, read_file
+from rlhf.data.files import file_reader, read_file
 from rlhf.data.messages import BadRow, Message, Skip, as_messages, assistant
 from rlhf.data.rows import Preference, clean_message, problem_with
 from rlhf.user_error import UserError
@@ -152,7 +152,7 @@ def load_votes(paths: list[str]) -> list[Vote]:
     """
     votes, files, stems = [], {}, [Path(path).stem for path in paths]
     for path in map(Path, paths):
-        if not is_data(path):
+        if not file_reader(path):
             raise UserError(f"--votes {path}: give the votes.jsonl that the report's page saves")
         for place, row in read_file(path):
             try:

@@ -63,14 +63,8 @@ class Contestant:
         """A hash of all that decides the answers: weights, tokenizer, and how they are sampled."""
         base, adapter = resolve_model(self.name)
         hashes = [weights_sha256(name) or name for name in (base, adapter) if name]
-        parts = [
-            *hashes,
-            tokenizer_sha256(self.tokenizer),
-            sorted(self.stop_ids),
-            self.response_length,
-            self.room,
-            settings,
-        ]
+        limits = [sorted(self.stop_ids), self.response_length, self.room]
+        parts = [*hashes, tokenizer_sha256(self.tokenizer), *limits, settings]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def prompt_ids(self, prompt) -> list[int] | None:
@@ -82,15 +76,8 @@ class Contestant:
             return None
 
     def sample(self, prompts: list[list[int]], noise, temperature: float, **narrow) -> list[Answer]:
-        tokens = generate(
-            self.policy,
-            prompts,
-            noise,
-            stop_ids=self.stop_ids,
-            pad_id=self.tokenizer.pad_token_id,
-            temperature=temperature,
-            **narrow,
-        )[0]
+        options = {"stop_ids": self.stop_ids, "pad_id": self.tokenizer.pad_token_id, "temperature": temperature}
+        tokens = generate(self.policy, prompts, noise, **options, **narrow)[0]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
         return [Answer(ids, text, ids[-1] in self.stop_ids) for ids, text in zip(tokens, texts, strict=True)]
 
@@ -129,12 +116,12 @@ def stored_answers(path: Path) -> dict[tuple[str, int], Answer]:
         try:
             row = json.loads(line)
             place, made = (row["prompt"], row["sample"]), Answer(row["ids"], row["text"], row["ended"])
-            whole = answer_line(place, made) == f"{line}\n"
         except (ValueError, TypeError, KeyError):
-            whole = False
-        if whole:
+            made = None
+        if made and answer_line(place, made) == f"{line}\n":
             found[place] = made
-        damaged += not whole
+        else:
+            damaged += 1
     if damaged or lines[-1]:
         print(f"{path}: {damaged} kept answers are cut short or damaged and are sampled anew")
         path.write_text("".join(answer_line(*item) for item in found.items()), encoding="utf-8")
@@ -182,8 +169,7 @@ def measure(model: Contestant, baseline: Contestant | None, rows, answers: list[
     """What the models think of the answers: a dict a row.
 
     "logprob" of the answer and its "tokens"; "kl" to the baseline, in nats over the whole answer, "kl_by" tokens or
-    text; "reference_logprob"
-    and "reference_tokens" of the data's own answer, at temperature 1 (None where there is none that fits).
+    text; "reference_logprob" and "reference_tokens" of the data's own answer, at temperature 1, where one fits.
 
     Where both models have the same tokens, the KL is summed over the answer's tokens of the KL of the next token's
     distributions. Over answers that the model sampled its mean is that of log-ratios, which is the KL of the whole
@@ -279,10 +265,11 @@ def judge(reward, name: str, prompts, answers: list[Answer], columns: dict[str, 
     Raises:
         UserError: naming the answer, if a score is no finite number.
     """
-    places = {}
-    for i, (prompt, made) in enumerate(zip(prompts, answers, strict=True)):
-        places.setdefault((prompt_key(prompt), made.text, made.ended), []).append(i)
-    firsts, scores = [indices[0] for indices in places.values()], [None] * len(answers)
+    keys = [(prompt_key(prompt), made.text, made.ended) for prompt, made in zip(prompts, answers, strict=True)]
+    first_of, scores = {}, {}
+    for i, key in enumerate(keys):
+        first_of.setdefault(key, i)
+    firsts = list(first_of.values())
     for chosen in batches([len(answers[i].text) for i in firsts], batch_size, f"scores of {name}"):
         at = [firsts[i] for i in chosen]
         taken = {column: [values[i] for i in at] for column, values in columns.items()}
@@ -290,11 +277,8 @@ def judge(reward, name: str, prompts, answers: list[Answer], columns: dict[str, 
         for i, value in zip(at, found, strict=True):
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name} gives {value} to the answer {answers[i].text[:100]!r}")
-            scores[i] = value
-    for indices in places.values():
-        for i in indices:
-            scores[i] = scores[indices[0]]
-    return scores
+            scores[keys[i]] = value
+    return [scores[key] for key in keys]
 
 
 def judge_batch(reward, prompts, answers: list[Answer], columns) -> list[float | None]:
@@ -319,14 +303,19 @@ def judge_all(judges: dict, rows, answers: dict[str, list[list[Answer]]], batch_
     Raises:
         UserError: if a judge cannot read an answer of a model to its end; the data's own may stay without a score.
     """
-    places = [(label, i, k) for label, made in answers.items() for i, row in enumerate(made) for k in range(len(row))]
-    places = [(label, i, k) for label, i, k in places if answers[label][i][k]]
-    prompts, texts = [rows[i]["prompt"] for _, i, _ in places], [answers[label][i][k] for label, i, k in places]
+    places = [
+        (label, i, k)
+        for label, by_row in answers.items()
+        for i, samples in enumerate(by_row)
+        for k, made in enumerate(samples)
+        if made
+    ]
+    prompts, given = [rows[i]["prompt"] for _, i, _ in places], [answers[label][i][k] for label, i, k in places]
     columns = {column: [rows[i][column] for _, i, _ in places] for column in ("reference", "dataset")}
     scores = {}
     for name, reward in judges.items():
-        scores[name] = {label: [[None] * len(row) for row in made] for label, made in answers.items()}
-        found = judge(reward, name, prompts, texts, columns, batch_size)
+        scores[name] = {label: [[None] * len(samples) for samples in by_row] for label, by_row in answers.items()}
+        found = judge(reward, name, prompts, given, columns, batch_size)
         for (label, i, k), value in zip(places, found, strict=True):
             if value is None and label != "data":
                 raise UserError(f"{name} has too few positions for an answer of {label}: lower --response_length")

@@ -25,17 +25,17 @@ def people_report(votes: list, judges: dict, samples: list[dict], baseline: str 
         how many votes are on an answer that it cannot read to its end; "people": for each two of them "pairs", "same"
         and "kappa"; "left": how often the answer on the left was preferred.
     """
-    keys = {prompt_key(row["prompt"]): row for row in samples}
+    rows = [(prompt_key(row["prompt"]), row) for row in samples]
     ended = {
         (key, label, text.strip()): row["ended"][label][i]
-        for key, row in ((prompt_key(row["prompt"]), row) for row in samples)
+        for key, row in rows
         for label, texts in row["answers"].items()
         for i, text in enumerate(texts)
     }
     kinds = Counter(vote.vote for vote in votes)
     votes = [vote for vote in votes if vote.vote != "skip"]
     decided = [vote for vote in votes if vote.vote in SIDES]
-    scores = score_votes(judges, decided, keys, ended, batch_size)
+    scores = score_votes(judges, decided, dict(rows), ended, batch_size)
     between = [vote for vote in votes if vote.left_model != vote.right_model and vote.left_model and vote.right_model]
     ours = [vote for vote in between if all(answer_of(vote, side) in ended for side in SIDES)]
     labels = dict.fromkeys(label for row in samples for label in row["answers"])

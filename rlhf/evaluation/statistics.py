@@ -10,6 +10,7 @@ import numpy as np
 import scipy  # scipy.stats itself is loaded at its first use, so that training need not wait for it
 
 RESAMPLES = 2000  # enough for the second digit of a 95% interval
+BINS = 10  # of a calibration
 AT_ONCE = 100  # resamples in memory together
 
 
@@ -18,7 +19,7 @@ def mean(values) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def interval(values, groups=None, seed: int = 0) -> dict | None:
+def interval(values, groups=None) -> dict | None:
     """The mean of values with its 95% percentile bootstrap interval: {"mean", "low", "high", "rows"} (Efron 1979).
 
     Args:
@@ -34,11 +35,9 @@ def interval(values, groups=None, seed: int = 0) -> dict | None:
     def ratio(totals, sizes, axis=-1):
         return totals.sum(axis) / sizes.sum(axis)
 
-    if len(totals) == 1:  # scipy refuses to draw from one
-        low = high = ratio(totals, sizes)
-    else:
-        random = np.random.default_rng(seed)
-        options = {"method": "percentile", "n_resamples": RESAMPLES, "batch": AT_ONCE, "rng": random}
+    low = high = ratio(totals, sizes)
+    if len(totals) > 1:  # scipy refuses to draw from one
+        options = {"method": "percentile", "n_resamples": RESAMPLES, "batch": AT_ONCE, "rng": 0}
         low, high = scipy.stats.bootstrap((totals, sizes), ratio, paired=True, **options).confidence_interval
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "rows": len(values)}
 
@@ -79,7 +78,7 @@ def win_rate(ours, theirs, groups=None) -> dict | None:
     return rate and rate | {"wins": counts[1], "ties": counts[0.5], "losses": counts[0]}
 
 
-def calibration(margins, bins: int = 10) -> dict | None:
+def calibration(margins) -> dict | None:
     """Whether a reward model is as often right as it says it is.
 
     A margin m between two answers predicts that the higher one is preferred with probability sigmoid(|m|), Bradley and
@@ -96,7 +95,7 @@ def calibration(margins, bins: int = 10) -> dict | None:
         return None
     predicted, observed = scipy.special.expit(np.abs(margins)), outcomes(margins)
     found = []
-    for rows in np.array_split(np.argsort(predicted, kind="stable"), max(1, min(bins, len(margins) // 20))):
+    for rows in np.array_split(np.argsort(predicted, kind="stable"), max(1, min(BINS, len(margins) // 20))):
         seen = interval(observed[rows])
         found.append({"predicted": float(predicted[rows].mean()), "observed": seen.pop("mean"), **seen})
     error = sum(b["rows"] * abs(b["predicted"] - b["observed"]) for b in found) / len(margins)

@@ -197,9 +197,8 @@ def score_pairs(judges: dict, rows: list[dict], batch_size: int) -> tuple[list[d
         name: {side: judge(reward, name, prompts[side], answers[side], columns, batch_size) for side in SIDES}
         for name, reward in judges.items()
     }
-    read = [
-        i for i in range(len(rows)) if all(found[side][i] is not None for found in scores.values() for side in SIDES)
-    ]
+    every = [found[side] for found in scores.values() for side in SIDES]
+    read = [i for i in range(len(rows)) if all(values[i] is not None for values in every)]
     if not read:
         raise UserError(f"{', '.join(judges)}: too few positions to read any pair to the end of its answers")
     kept = {name: {side: [found[side][i] for i in read] for side in SIDES} for name, found in scores.items()}

@@ -107,7 +107,7 @@ class StageParser:
         script: its name in flags.json.
         script_class: the dataclass of the script's own flags.
         training: where the training arguments' class is, as in `trl:SFTConfig`; imported when all flags are right.
-        check_names: given --dataset_names and --eval_dataset_names, says what is wrong with them.
+        check_names: given --dataset_names, --eval_dataset_names and --ignore_columns, says what is wrong with them.
         stage_defaults: the stage's own defaults.
     """
 
@@ -167,7 +167,7 @@ class StageParser:
             values["save_strategy"] = "best"  # or evaluations and checkpoints would have to fall on the same steps
         check(self.script, self.flags, self.schedulers, values, typed)
         names = values.get("dataset_names", self.flags["dataset_names"]["default"])
-        self.check_names(names, values.get("eval_dataset_names"))
+        self.check_names(names, values.get("eval_dataset_names"), values.get("ignore_columns"))
         return values
 
     def one(self, name: str, given, where: str, strange: str) -> dict:

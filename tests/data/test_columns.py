@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import prepare_data
 from prepare_data import describe, load_datasets
 from rlhf.data.columns import Row, left_over
 from rlhf.user_error import UserError
@@ -240,6 +241,8 @@ def test_ignored_columns_are_done_without_and_said(tmp_path, row, ignored):
 def test_an_unknown_answer_beside_a_prompt_can_be_done_without(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"prompt": Q, "antwort": A})
     assert load(path, "prompt", ignore_columns="antwort")[0] == [[U, ""]]
+    flags = [f"--dataset_names={path}", "--task=prompt", "--validation_split_percentage=0", "--ignore_columns=antwort"]
+    prepare_data.main(prepare_data.make_parser().parse_args(flags))
 
 
 def test_refused_rows_are_counted_with_the_place_of_the_first(tmp_path):

@@ -59,6 +59,20 @@ def test_the_best_model_needs_no_word_on_when_to_save():
         parse(*REQUIRED, *best, "--eval_strategy", "no")
 
 
+def test_names_are_checked_without_the_columns_to_do_without(tmp_path):
+    (tmp_path / "asks.jsonl").write_text('{"prompt": "Late?", "antwort": "No."}\n')
+    names, ignored = f"--dataset_names={tmp_path / 'asks.jsonl'}", "--ignore_columns=antwort"
+    flags = [names, f"--output_dir={tmp_path / 'out'}", "--model_name_or_path=m", "--reward_model_name_or_path=m"]
+    evaluate = importlib.import_module("evaluate_model")
+    for check in (
+        importlib.import_module("ppo_training").make_parser().read,
+        lambda args: evaluate.check(evaluate.make_parser().parse_args(args)),
+    ):
+        with pytest.raises(UserError, match="fit no known layout"):
+            check(flags)
+        check([*flags, ignored])
+
+
 def test_the_tokenizer_is_not_changed_by_a_flag():
     with pytest.raises(UserError, match="--eos_token: a model keeps its tokenizer"):
         parse(*REQUIRED, "--eos_token", "a")
