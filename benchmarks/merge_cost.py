@@ -27,7 +27,7 @@ import threading
 import time
 from pathlib import Path
 
-from bench import record
+from bench import make_tokenizer, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,12 +39,9 @@ MERGED = LINES[2:]
 def make(folder: Path, dtype: str, megabytes: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForCausalLM, GPT2TokenizerFast, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a b c"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder / "base")
+    make_tokenizer(folder / "base")
     width, bytes_each = 1024, getattr(torch, dtype).itemsize
     layers = round((megabytes * 1e6 / bytes_each - 2 * 16000 * width) / (4 * width**2 + 3 * width * 2816))
     config = LlamaConfig(

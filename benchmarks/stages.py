@@ -33,13 +33,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import machine, record, table
+from bench import GPT2, SMALL, machine, make_tokenizer, record, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = ROOT / "benchmarks/bare_loop.py"
 SHAPES = {  # with the steps, repeats and held-out rows that keep a default run short: minutes, a quarter of an hour
-    "small": ({"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 512}, 12, 3, 64),
-    "124M": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}, 2, 1, 16),
+    "small": ({**SMALL, "n_positions": 512}, 12, 3, 64),
+    "124M": (GPT2, 2, 1, 16),
 }
 STAGES = {  # our script, TRL's, the rows that it reads, learning rate
     "sft": ("sft_training", "sft", 2e-4),
@@ -80,8 +80,7 @@ def made_up(path: Path, rows: int) -> None:
 def prepare(folder: Path, config: dict, rows: Path, args) -> None:
     """The base with tokenizer and template, the rows as both sides read them, their tokens for the bare loop."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     sys.path.insert(0, str(ROOT))
     from prepare_data import load_datasets
@@ -90,9 +89,7 @@ def prepare(folder: Path, config: dict, rows: Path, args) -> None:
 
     found, _, _ = load_datasets(str(rows), "preference", validation_split_percentage=0, seed=0)
     texts = ("\n".join(m["content"] for side in row if side != "dataset" for m in row[side]) for row in found)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False)
-    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder / "base")
+    make_tokenizer(folder / "base", texts, config["vocab_size"])
     tokenizer = load_tokenizer(str(folder / "base"))
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(0)
