@@ -24,16 +24,9 @@ FULL_PRECISION = (
     "merge the adapter into the model that it is a copy of,\n  python merge_peft_adapter.py "
     "--adapter_model_name=ADAPTER --base_model_name=FULL_PRECISION_MODEL --output_name=MERGED"
 )
-# what a quantised copy's config may say otherwise than the model's own
-LOOSE = (
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "unsloth_fixed",
-    "unsloth_version",
-)
+QUANTISED = re.compile("4-?bit|gptq|awq", re.IGNORECASE)  # in the name of a copy
+# what such a copy's config may say otherwise than the model's own
+LOOSE = "dtype torch_dtype transformers_version _name_or_path use_cache unsloth_fixed unsloth_version".split()
 
 
 @contextmanager
@@ -49,7 +42,7 @@ def explain_load(name):
         lines = str(error).strip().split("\n")
         reason = next((line for line in lines if "mismatch" in line), lines[0])
         missing = "" if Path(name).exists() else "no such folder here, and not loadable from the hub\n  "
-        if missing and re.search("4-?bit|gptq|awq", name.lower()):
+        if missing and QUANTISED.search(name):
             raise UserError(f"{name}, a quantised copy, is not here: {FULL_PRECISION}") from error
         raise UserError(f"cannot load a model from {name}: {missing}{reason.strip()[:300]}") from error
     finally:
@@ -83,16 +76,18 @@ def resolve_adapters(name: str, moved: bool = False) -> tuple[str, list[str]]:
 
 
 def adapter_settings(adapter: str) -> dict:
-    return json.loads(Path(find_adapter_config_file(adapter)).read_text())
+    with explain_load(adapter):
+        return json.loads(Path(find_adapter_config_file(adapter)).read_text())
 
 
 def adapter_weights(adapter: str) -> dict[str, torch.Tensor]:
     """What is stored in an adapter's folder.
 
     Raises:
-        UserError: naming the first tensor that is not finite.
+        UserError: if it cannot be read, or naming the first tensor that is not finite.
     """
-    weights = load_peft_weights(adapter, device="cpu")
+    with explain_load(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
     check_finite(weights.items(), adapter)
     return weights
 
@@ -135,8 +130,7 @@ def task_of(adapter: str) -> str:
     Raises:
         UserError: if it is for neither.
     """
-    with explain_load(adapter):
-        label, weights = adapter_settings(adapter).get("task_type"), adapter_weights(adapter)
+    label, weights = adapter_settings(adapter).get("task_type"), adapter_weights(adapter)
     if label not in (None, "", "CAUSAL_LM", "SEQ_CLS"):
         raise UserError(f"{adapter} is an adapter for {label}: neither a policy nor a reward model")
     for path in Path(adapter).glob("value_head.*"):  # our PPO's critic is named otherwise inside, and no .bin
@@ -193,12 +187,11 @@ def resize_for(model, adapter: str) -> int:
     """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings; how many."""
     layers = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    with explain_load(adapter):
-        rows = {
-            weight.shape[0]
-            for key, weight in adapter_weights(adapter).items()
-            if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
-        }
+    rows = {
+        weight.shape[0]
+        for key, weight in adapter_weights(adapter).items()
+        if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
+    }
     if rows and rows != {shape_of(layers[0].weight)[0]}:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
     return shape_of(layers[0].weight)[0]
@@ -260,7 +253,7 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
     if resolve_adapters(base)[1]:
         raise UserError(f"--base_model_name {given} is an adapter itself: the base of {adapter} is {named}")
     config, trained = read_config(base), read_config(named)
-    if base != named and not trained and re.search("4-?bit|gptq|awq", named.lower()):
+    if base != named and not trained and QUANTISED.search(named):
         raise UserError(
             f"{named}, the base of {adapter}, is not here to compare: its config.json is enough\n"
             f"  hf download {named} config.json, and the same command again"
@@ -334,15 +327,17 @@ def check_continues(adapter, model_args):
     names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
     names |= {"lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters"}
     for f in fields(model_args):
-        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        default = "all-linear" if f.name == "lora_target_modules" else f.default
+        value, default = getattr(model_args, f.name), "all-linear" if f.name == "lora_target_modules" else f.default
+        if f.name not in names or value == default:
+            continue
+        now = config.get(names[f.name])
         if isinstance(value, list):  # an adapter may name its layers by their whole paths
             same = now and all(any(f".{path}".endswith(f".{name}") for name in value) for path in now)
             same = same and all(any(f".{path}".endswith(f".{name}") for path in now) for name in value)
             now = ", ".join(sorted({path.rpartition(".")[2] for path in now or ()})) or None
         else:
             same = value == now
-        if f.name in names and value != default and not same:
+        if not same:
             raise UserError(
                 f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
                 "  leave the flag out, or merge the adapter first and train a new one on the result"

@@ -52,7 +52,7 @@ def measure(rows, task: str, tokenizer, **limits) -> tuple[dict, str]:
     """The counts of `rendering.tokenize`, and a table of length percentiles in tokens."""
     import numpy
 
-    encoded, counts = tokenize(rows, ENCODERS[task], tokenizer, "train", **limits)
+    encoded, counts = tokenize(rows, ENCODERS[task], tokenizer, **limits)
     at = (50, 90, 95, 99, 100)
     lines = [f"{'tokens a row':<28}" + "".join(f"{'longest' if p == 100 else f'{p}%':>10}" for p in at)]
     for column in (name for name in encoded.column_names if name.endswith("ids")):

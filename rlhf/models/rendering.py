@@ -53,16 +53,13 @@ def install_template(tokenizer) -> None:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
     try:
         ids = tokenizer(render(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"]
-    except Unrenderable as error:
-        raise UserError(f"the tokenizer's template cannot be used: {error}") from error
-    if ids[-1] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        raise UserError(
-            "the chat template does not end an answer with an end-of-turn token: the model would never learn to stop\n"
-            "  edit chat_template.jinja so that an assistant's message ends with eos_token"
-        )
-    if ids[-1] != tokenizer.eos_token_id:  # e.g. ChatML on a base model whose eos_token is <|endoftext|>
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[-1])
-    try:
+        if not ids or ids[-1] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+            raise UserError(
+                "the chat template does not end an answer with an end-of-turn token: the model would never learn to "
+                "stop\n  edit chat_template.jinja so that an assistant's message ends with eos_token"
+            )
+        if ids[-1] != tokenizer.eos_token_id:  # e.g. ChatML on a base model whose eos_token is <|endoftext|>
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[-1])
         encode_dialogue(tokenizer, PROBE[:1], PROBE[1:])
     except Unrenderable as error:
         raise UserError(f"the chat template cannot be trained on: {error}") from error
@@ -118,11 +115,16 @@ def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tu
     return prompt_ids, ids[len(prompt_ids) :], labels
 
 
-def _prompt_room(max_length, max_prompt_length, answer_length):
+def _fit_prompt(tokenizer, prompt, prompt_ids, answer_length, max_length, max_prompt_length) -> tuple[list[int], bool]:
+    """The prompt's tokens within the room beside the answer, and whether it was shortened for that."""
     if answer_length >= max_length:
         raise Unrenderable("answer alone is longer than max_length")
     room = max_length - answer_length
-    return room if max_prompt_length is None else min(room, max_prompt_length)
+    if max_prompt_length is not None:
+        room = min(room, max_prompt_length)
+    if len(prompt_ids) <= room:
+        return prompt_ids, False
+    return token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True), True
 
 
 def encode_demonstration(
@@ -140,17 +142,14 @@ def encode_demonstration(
     while len(completion_ids) + len(prompt_ids) > max_length and len(answers) > 1:
         answers.pop()
         prompt_ids, completion_ids, labels = encode_dialogue(tokenizer, prompt, completion[: answers[-1] + 1])
-    room = _prompt_room(max_length, max_prompt_length, len(completion_ids))
-    shortened = len(answers) < sum(m["role"] == "assistant" for m in completion)
-    if len(prompt_ids) > room:
-        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
-        shortened = True
+    limits = max_length, max_prompt_length
+    prompt_ids, shortened = _fit_prompt(tokenizer, prompt, prompt_ids, len(completion_ids), *limits)
     assert labels[-1] == tokenizer.eos_token_id, "the EOS of an answer must carry loss"
     input_ids = prompt_ids + completion_ids
     return {
         "input_ids": input_ids,
         "labels": [-100] * len(prompt_ids) + labels if completion_only else list(input_ids),
-        "shortened": shortened,
+        "shortened": shortened or len(answers) < sum(m["role"] == "assistant" for m in completion),
     }
 
 
@@ -213,10 +212,8 @@ def encode_preference(row, tokenizer, max_length: int, max_prompt_length: int | 
     _, rejected_ids, rejected_labels = encode_dialogue(tokenizer, prompt, rejected)
     if chosen_ids == rejected_ids:
         raise Unrenderable(SAME)
-    room = _prompt_room(max_length, max_prompt_length, max(len(chosen_ids), len(rejected_ids)))
-    shortened = len(prompt_ids) > room
-    if shortened:
-        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
+    longest, limits = max(len(chosen_ids), len(rejected_ids)), (max_length, max_prompt_length)
+    prompt_ids, shortened = _fit_prompt(tokenizer, prompt, prompt_ids, longest, *limits)
     encoded = {
         "prompt_ids": prompt_ids,
         "chosen_ids": chosen_ids,
@@ -242,20 +239,18 @@ def encode_prompt(row, tokenizer, max_prompt_length: int) -> dict:
 
 # What stands for a dropped row in the columns of its encoder; of the right type, should a whole batch be dropped.
 DROPPED = {
-    **dict.fromkeys((encode_demonstration, encode_demonstrations), {"input_ids": [0], "labels": [0]}),
-    encode_preference: {
-        "prompt_ids": [0],
-        **dict.fromkeys(("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"), [0]),
-    },
+    encode_demonstrations: {"input_ids": [0], "labels": [0]},
+    encode_preference: dict.fromkeys(
+        ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"), [0]
+    ),
     encode_prompt: {"prompt_ids": [0], "prompt": PROBE[:1], "reference": ""},
 }
 
 
 def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
-    """A dataset's rows through one of the encoders: (the examples, what became of the rows).
+    """A dataset's rows through one of the encoders: (the examples, what became of the rows, as `count_rows` says it).
 
-    Rows that cannot be trained on are dropped and counted: `{"kept": rows, "examples": n, "shortened": rows,
-    "dropped": {reason: rows}, "dropped_of": {dataset: {reason: rows}}, "tokens": n, "tokens_of": {dataset: n}}`.
+    Rows that cannot be trained on are dropped.
     """
 
     def encode_row(row, place):
@@ -286,6 +281,13 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
         if any(encoded["problem"]):
             options = {"input_columns": "problem", "new_fingerprint": f"{made_by}kept"}
             kept = encoded.filter(lambda problem: not problem, **options)
+    counts = count_rows(encoded) | {"examples": len(kept)}
+    return kept.remove_columns(["problem", "shortened", "size", "source", "place"]), counts
+
+
+def count_rows(encoded) -> dict:
+    """What became of rows: `{"kept": rows, "shortened": rows, "dropped": {reason: rows}, "dropped_of": {dataset:
+    {reason: rows}}, "tokens": n, "tokens_of": {dataset: n}}`."""
     dropped_of, tokens_of, places, shortened = {}, Counter(), set(), set()
     about = (encoded[column] for column in ("problem", "source", "size", "place", "shortened"))
     for problem, source, size, place, short in zip(*about, strict=True):
@@ -295,27 +297,25 @@ def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = No
             tokens_of[source] += size
             places.add(place)
             shortened |= {place} if short else set()
-    counts = {
+    return {
         "kept": len(places),
-        "examples": len(kept),
         "shortened": len(shortened),
         "dropped": dict(sum(dropped_of.values(), Counter())),
         "dropped_of": {source: dict(reasons) for source, reasons in dropped_of.items()},
         "tokens": tokens_of.total(),
         "tokens_of": dict(tokens_of),
     }
-    return kept.remove_columns(["problem", "shortened", "size", "source", "place"]), counts
 
 
-def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
-    """`encode_rows` of rows that must not all be dropped.
+def tokenize(dataset, encode, tokenizer, **options):
+    """`encode_rows` of training rows, which must not all be dropped.
 
     Raises:
         UserError: if no row is left.
     """
-    kept, counts = encode_rows(dataset, encode, tokenizer, name, num_proc, **limits)
+    kept, counts = encode_rows(dataset, encode, tokenizer, "train", **options)
     if not counts["kept"]:
-        raise UserError(f"no row of {name} can be trained on: {told(counts['dropped'])}\n{WHAT_TO_DO}")
+        raise UserError(f"no row of train can be trained on: {told(counts['dropped'])}\n{WHAT_TO_DO}")
     return kept, counts
 
 

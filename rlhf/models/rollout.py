@@ -233,8 +233,3 @@ def read_scores(model, head, rows: list[list[int]], pad_id: int, batch_size: int
         last = last_states(model, [rows[j] for j in chosen], pad_id)[ends]
         scores[chosen] = head(last.to(head.weight.dtype)).float().squeeze(-1)
     return scores
-
-
-def score(reward_model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
-    """The rewards of rows of tokens by a sequence classifier, (rows,)."""
-    return read_scores(reward_model, plain(reward_model).score, rows, pad_id)

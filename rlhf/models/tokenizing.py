@@ -15,7 +15,7 @@ def tokenize_all(train, evals: dict, data: dict, encode, tokenizer, *, max_bad_p
     Raises:
         UserError: if more rows cannot be rendered than that, or none of a set.
     """
-    train, data["tokenized"] = tokenize(train, encode, tokenizer, "train", **options)
+    train, data["tokenized"] = tokenize(train, encode, tokenizer, **options)
     for label, entry in data["datasets"].items():
         dropped = data["tokenized"]["dropped_of"].get(label, {})
         bad = sum(count for reason, count in dropped.items() if reason != SAME)

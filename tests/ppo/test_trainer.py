@@ -168,7 +168,7 @@ def gradients_of_four_models(saved, trainer, batch, value_adapter) -> dict:
     ppo = trainer.ppo
     policy = AutoPeftModelForCausalLM.from_pretrained(saved["sft"], is_trainable=True)
     reference = AutoPeftModelForCausalLM.from_pretrained(saved["sft"])
-    reward = load_reward_model(saved["reward"])
+    reward = load_reward_model(saved["reward"], load_tokenizer(saved["reward"]))
     critic = AutoPeftModelForSequenceClassification.from_pretrained(saved["reward"], num_labels=1, is_trainable=True)
     policy.eval(), critic.eval()  # without dropout
     head = reward.get_base_model().score.weight.detach().clone().requires_grad_()

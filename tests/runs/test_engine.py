@@ -245,7 +245,8 @@ def test_a_model_in_training_scores_as_one_that_is_loaded(saved, data, base):
     from rlhf.models.rollout import score
     from rlhf.runs.trainers import CheckedRewardTrainer
 
-    tokenizer, model = load_tokenizer(saved["reward"]), load_reward_model(saved["reward"])
+    tokenizer = load_tokenizer(saved["reward"])
+    model = load_reward_model(saved["reward"], tokenizer)
     rows = [[5, 6, 7, 0], [9] * 30 + [0], [8, 0], [5, 5, 0], [1, 2, 3, 4, 0]]
     alone = SimpleNamespace(
         args=SimpleNamespace(world_size=1, process_index=0, per_device_eval_batch_size=2, device="cpu"),
