@@ -68,6 +68,14 @@ def record(path: str | None, what: str, **cells) -> None:
             file.write(json.dumps({"what": what, **cells}) + "\n")
 
 
+def measured(command: list, **options) -> dict:
+    """The JSON in the last line that a process prints; what it complains of is the end, if it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def make_tokenizer(folder: Path, texts=("a b c",), size: int = 300) -> None:
     """A byte-level BPE like gpt2's."""
     from tokenizers import ByteLevelBPETokenizer

@@ -20,14 +20,13 @@ import mmap
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from bench import make_tokenizer, record
+from bench import make_tokenizer, measured, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,11 +75,10 @@ def measure(line: str, folder: Path) -> None:
 
     import merge_peft_adapter
     import rlhf.models.loading  # noqa: F401  what the merge imports
-    from rlhf.models import fingerprints
 
     apart = [0.0]
 
-    def timed(function, off=None):
+    def timed(function, off):
         def wrapper(*args):
             start = time.perf_counter()
             result = off if line == MERGED[0] else function(*args)
@@ -92,7 +90,6 @@ def measure(line: str, folder: Path) -> None:
     # what proves the merge; off for the third line
     merge_peft_adapter.probe_logits = timed(merge_peft_adapter.probe_logits, torch.ones(1))
     merge_peft_adapter.prove = timed(merge_peft_adapter.prove, 0.0)
-    fingerprints.weights_sha256 = timed(fingerprints.weights_sha256)
     gc.freeze()  # the libraries' own objects, which else are searched in the middle of a measurement
     warm_memory()
     start, peak, done = memory(), {"rss": 0, "private": 0}, threading.Event()
@@ -132,8 +129,7 @@ def main(args):
             for line in LINES:
                 shutil.rmtree(Path(folder, "saved"), ignore_errors=True)
                 command = [sys.executable, __file__, "--measure", line, "--folder", folder]
-                output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
-                runs[line].append(json.loads(output.splitlines()[-1]))
+                runs[line].append(measured(command))
         for line, results in runs.items():
             medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
             print(

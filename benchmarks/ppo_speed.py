@@ -17,14 +17,13 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-from bench import GPT2, LORA, SMALL, make_base_and_reward, median_seconds, record, timed
+from bench import GPT2, LORA, SMALL, make_base_and_reward, measured, median_seconds, record, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -172,10 +171,7 @@ def main(args):
             results = {"ours": [], "head": [], "trl": [], "floor": []}
             for who in [*["ours", "head", "trl"] * args.repeats, "floor"]:
                 command = [pythons[who], __file__, "--measure", who, "--folder", folder, "--shapes", name]
-                done = subprocess.run([*command, "--micro", str(micro)], capture_output=True, text=True, cwd=folder)
-                if done.returncode:
-                    sys.exit(done.stderr[-3000:])
-                results[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                results[who].append(measured([*command, "--micro", micro], cwd=folder))
             print(f"\n{name}: {SHAPES[name]['run']}, micro-batch {micro}, {args.repeats} runs each, alternating")
             print(f"{'':12}{'s an update':>14}{'(all runs)':>30}{'peak MB':>10}")
             median = {}
