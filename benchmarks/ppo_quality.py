@@ -123,8 +123,9 @@ def prepare(folder: Path, args, seed: int) -> tuple[str, list]:
     import merge_peft_adapter
     from prepare_data import load_datasets
     from rlhf.models.loading import load_frozen_policy, load_tokenizer
-    from rlhf.models.rendering import encode_prompt, tokenize
+    from rlhf.models.rendering import encode_prompt
     from rlhf.models.rollout import stop_ids
+    from rlhf.models.tokenizing import tokenize
 
     model, data = (f"saved/demo_{seed}/sft", f"demo@{seed}") if args.task == "demo" else (args.model, args.prompts)
     judge = f"saved/demo_{seed}/reward" if args.task == "demo" else f"{Path(__file__).resolve()}:words"

@@ -15,8 +15,8 @@ from rlhf.models.rendering import (
     render,
     shorten_prompt,
     token_ids,
-    tokenize,
 )
+from rlhf.models.tokenizing import tokenize
 from rlhf.user_error import UserError
 
 CHATML = (
