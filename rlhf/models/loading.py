@@ -22,17 +22,16 @@ from rlhf.models.adapters import (
     IF_THERE,
     adapter_weights,
     base_revision,
-    check_continues,
     check_finite,
     check_unchanged,
     explain_load,
     load_adapter,
-    lora_config,
     merge_command,
     resize_for,
     resolve_adapters,
     task_of,
 )
+from rlhf.models.lora import check_continues, lora_config
 from rlhf.models.rendering import install_template, set_system_prompt
 from rlhf.models.shards import shape_of
 from rlhf.models.shared_base import place_lora
