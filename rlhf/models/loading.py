@@ -128,12 +128,11 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     if auto_class is AutoModelForSequenceClassification and not hasattr(model, "score"):
         raise UserError(f"{base} ({type(model).__name__}) has no `score` at its last token: it makes no reward model")
     set_special_tokens(model, tokenizer)
-    # bitsandbytes would repack 4-bit weights at the first forward in eval mode, and training would lose its gradients
     for module in model.modules():
+        # bitsandbytes would repack 4-bit weights at a first forward in eval mode: training would lose its gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
-    for module in model.modules():
+        # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
