@@ -15,7 +15,6 @@ from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.rewards import load_reward
 from rlhf.ppo.algorithm import advantages_and_returns, kl_per_token, token_rewards, whiten
 from rlhf.ppo.batches import BatchSampler, mini_batch_rows
-from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.evaluation import Collapse
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.user_error import UserError
