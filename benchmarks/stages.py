@@ -54,6 +54,7 @@ SIDES = {
     "padded": "bare, padded",
     "unpadded": "bare, unpadded",
 }
+GROWTH = (1_000, 10_000, 100_000)  # rows
 FIRST = re.compile(rb"'loss': |(it/s|s/it), loss ")  # the first step's loss, as TRL prints it or our bar shows it
 
 
@@ -208,7 +209,7 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
 def growth(folder: Path, args) -> list[dict]:
     """Our SFT on more and more rows, as many steps of each: five times a comparison's, as the rows drawn differ."""
     lines, args = [], argparse.Namespace(**vars(args) | {"steps": 5 * args.steps})
-    for count in args.growth_rows:
+    for count in GROWTH:
         made_up(folder / f"{count}.jsonl", count)
         out = folder / f"growth_{count}"
         command = command_of(folder, "sft", "ours", out, 0, args)
@@ -220,7 +221,7 @@ def growth(folder: Path, args) -> list[dict]:
         line = {"tokens": tokens / seconds, "seconds": seconds / args.steps, **found}
         line["ratio"] = line["tokens"] / lines[0]["tokens"] if lines else 1.0
         line["memory"] = line["peak"] / lines[0]["peak"] if lines else 1.0
-        lines.append({"what": f"growth, sft: {count:,} rows over {args.growth_rows[0]:,}", **line})
+        lines.append({"what": f"growth, sft: {count:,} rows over {GROWTH[0]:,}", **line})
     return lines
 
 
@@ -274,7 +275,6 @@ def make_parser():
     add("--max_length", type=int, default=256, help="longer rows are left out (256)")
     add("--held_out", type=int, help="rows that the loss is computed on at the end (small 64, 124M 16)")
     add("--growth", action="store_true", help="also our SFT on 1,000, 10,000 and 100,000 rows")
-    add("--growth_rows", type=int, nargs="+", default=[1_000, 10_000, 100_000], help=argparse.SUPPRESS)
     add("--verbose", action="store_true", help="print all commands")
     add("--record", help=argparse.SUPPRESS)
     add("--prepare", nargs=3, help=argparse.SUPPRESS)

@@ -33,6 +33,7 @@ from rlhf.models.adapters import (
 )
 from rlhf.models.lora import check_continues, lora_config
 from rlhf.models.rendering import install_template, set_system_prompt
+from rlhf.models.rollout import stop_ids
 from rlhf.models.shards import shape_of
 from rlhf.models.shared_base import place_lora
 from rlhf.models.templates import UNUSED_BYTE
@@ -83,10 +84,7 @@ def set_special_tokens(model, tokenizer) -> None:
     """Tell a model what its tokenizer pads and stops with; the stops that it had are kept."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
-        stops = model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        stops = [token for token in dict.fromkeys([tokenizer.eos_token_id, *stops]) if token is not None]
-        model.generation_config.eos_token_id = stops or None
+        model.generation_config.eos_token_id = stop_ids(model, tokenizer) or None
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
