@@ -25,7 +25,7 @@ test-resume: .venv/ready
 test-engines: .venv-extra/ready
 	.venv-extra/bin/python -m pytest -s tests/slow/test_engines.py
 
-# an hour, on a machine that does nothing else: all benchmarks beside what others have, and one table in OUT;
+# an hour, on a machine that does nothing else: benchmarks of speed beside what others have, and one table in OUT;
 # ROWS=pairs.jsonl.gz for real rows in place of made-up ones
 bench: .venv/ready .venv-trl/ready
 	$(BIN)/python benchmarks/bench.py --out $(OUT) $(if $(ROWS),--rows $(ROWS))

@@ -136,85 +136,99 @@ def replaced_when_done(output: Path):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def main(args):
-    output = Path(args.output_name)
+def check_given(args, names: list[str], output: Path) -> None:
+    """What a mistake can be told by before a library is imported."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         if not args.overwrite:
             raise UserError(f"{output} exists: choose another --output_name, or add --overwrite to replace it")
         if not (output / "merge.json").exists():
             raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
-    names, weights = args.adapter_model_name.split(","), args.weights
-    if len(names) != len(weights or names[:1]):
+    if len(names) != len(args.weights or names[:1]):
         raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
-    for flag, name in (("base_model_name", args.base_model_name), *(("adapter_model_name", name) for name in names)):
-        missing_path(flag, name)
+    missing_path("base_model_name", args.base_model_name)
+    for name in names:
+        missing_path("adapter_model_name", name)
     check_folder("--output_name", output)
-    import torch
-    from safetensors import SafetensorError
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from rlhf.models.adapters import (
-        check_apart,
-        check_base,
-        load_adapter,
-        load_sum,
-        read_config,
-        resize_for,
-        resolve_adapters,
-    )
-    from rlhf.models.loading import load_merge_base, read_tokenizer
-    from rlhf.models.rewards import STATISTICS
 
-    disable_progress_bar()
-    set_verbosity_error()
+def plan(args, names: list[str]) -> tuple[str, list[list[str]]]:
+    """The base, and what is merged into it step by step: each adapter of a chain, or all adapters of a sum at once."""
+    from rlhf.models.adapters import check_base, resolve_adapters
+
     chains = [resolve_adapters(name, moved=args.base_model_name is not None) for name in names]
     for name, (_, chain) in zip(names, chains, strict=True):
         if not chain:
             raise UserError(f"{name} is no adapter: there is nothing to merge")
-        if weights and len(chain) > 1:
+        if args.weights and len(chain) > 1:
             raise UserError(f"{name} is an adapter on the adapter {chain[1]}: merge that one first")
-    steps = [[adapter] for adapter in chains[0][1][::-1]] if not weights else [names]
-    base = check_base(args.base_model_name, chains[0][0], steps[0][0])
-    for name, (named, _) in list(zip(names, chains, strict=True))[1:]:
-        if named != chains[0][0]:
+    first, chain = chains[0]
+    steps = [names] if args.weights else [[adapter] for adapter in reversed(chain)]
+    base = check_base(args.base_model_name, first, steps[0][0])
+    for name, (named, _) in zip(names, chains, strict=True):
+        if named != first:
             check_base(base, named, name)
+    return base, steps
+
+
+def merge_all(base: str, steps: list[list[str]], weights: list[float] | None, tokenizer):
+    """The base with all of `plan`'s steps merged into it, and of the last of them what `merge` gives."""
+    from rlhf.models.adapters import load_adapter, load_sum, resize_for
+    from rlhf.models.loading import load_merge_base
+
+    adapter = steps[-1][0]
+    model = load_merge_base(base, adapter, tokenizer)
+    for step in steps:
+        resize_for(model, step[0])
+        if weights:
+            model = load_sum(model, step, weights)
+        else:  # an adapter under a reward model's is a policy's
+            model = load_adapter(model, step[0], task=step is steps[-1])
+        model, expected, effect = merge(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{adapter} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}")
+    return model, expected, effect
+
+
+def main(args):
+    output, names = Path(args.output_name), args.adapter_model_name.split(",")
+    check_given(args, names, output)
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from rlhf.models.adapters import check_apart, read_config
+    from rlhf.models.loading import read_tokenizer
+    from rlhf.models.rewards import STATISTICS
+
+    disable_progress_bar()
+    set_verbosity_error()
+    base, steps = plan(args, names)
     check_apart("--output_name", output, [*names, base])
     tokenizer = read_tokenizer(names[0], base=base)
     stored = str(read_config(base).get("dtype") or read_config(base).get("torch_dtype"))
     dtype = args.dtype or (stored if stored in DTYPES else "float32")
+    adapters = [adapter for step in steps for adapter in step]
     try:
         with replaced_when_done(output) as folder:
-            model = load_merge_base(base, names[0], tokenizer)
+            model, expected, effect = merge_all(base, steps, args.weights, tokenizer)
             is_reward = not model.can_generate()
-            for i, step in enumerate(steps):
-                resize_for(model, step[0])
-                if weights:
-                    model = load_sum(model, step, weights)
-                else:  # an adapter under a reward model's is a policy's
-                    model = load_adapter(model, step[0], task=i == len(steps) - 1)
-                model, expected, effect = merge(model)
-            rows = model.get_input_embeddings().weight.shape[0]
-            if len(tokenizer) > rows:
-                raise UserError(f"{names[0]} has a tokenizer of {len(tokenizer)} tokens, but embeddings for {rows}")
             cast(model, getattr(torch, dtype))
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            if (Path(names[0]) / STATISTICS).exists() and not weights:
+            if (Path(names[0]) / STATISTICS).exists() and not args.weights:
                 shutil.copy(Path(names[0]) / STATISTICS, folder)
             cast(model, torch.float32)
             written = probe_logits(model)
             del model
             error = prove(folder, written, expected)
-            about = {"base": base, "adapters": sum(steps, []), "weights": weights, "dtype": dtype}
-            about |= {
-                "max_logit_difference": error,
-                "max_logit": expected.abs().max().item(),
-                "adapter_effect": effect,
-            }
+            about = {"base": base, "adapters": adapters, "weights": args.weights, "dtype": dtype}
+            about |= {"max_logit_difference": error, "max_logit": expected.abs().max().item()}
+            about |= {"adapter_effect": effect}
             (folder / "merge.json").write_text(json.dumps(about, indent=2) + "\n")
     except (OSError, SafetensorError) as reason:
         raise UserError(f"cannot write {output}: {reason}") from reason
-    print(f"{output}: {base} + {' + '.join(sum(steps, []))}, {dtype}")
+    print(f"{output}: {base} + {' + '.join(adapters)}, {dtype}")
     print(f"largest |logit difference| to the adapter model: {error:.2e} (and of that to its base: {effect:.2e})")
     if error > effect / 10:
         print(f"{dtype} rounds away a good part of what was learned: --dtype=float32 keeps it")

@@ -1,19 +1,20 @@
-"""Every benchmark, one after the other, and one table of what they found; `make bench` runs this.
+"""The benchmarks of speed, one after the other, and one table of what they found; `make bench` runs this.
 
-    make bench                                       # an hour, on a machine that does nothing else
     make bench                                       # an hour, on a machine that does nothing else
     python benchmarks/bench.py --only stages data_speed
 
 The ratio comes first: how many times as fast ours is as what stands in the line (or as its other column says). Then
 real tokens a second (padding does not count), seconds, the peak memory of the process (the kernel's own figure,
 VmHWM), and the loss on held-out rows at equal tokens. Each comparison was made within one run, in turn, and shows
-medians. Each benchmark also runs alone, and says in its own words what it does: see the top of each file.
+medians. Each benchmark also runs alone, and says in its own words what it does: see the top of each file. Two are not
+of speed and only run alone: memory.py and ppo_quality.py.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,9 @@ COLUMNS = {  # of the table: key in a record, title, format
     "loss": ("held-out loss", ".4f"),
     "spread": ("+-", ".4f"),
 }
+SMALL = {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256}
+GPT2 = {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 BENCHMARKS = {
     "stages": ["--shapes", "small", "124M", "--growth"],
     "data_speed": [],
@@ -62,6 +66,56 @@ def record(path: str | None, what: str, **cells) -> None:
     if path:
         with open(path, "a") as file:
             file.write(json.dumps({"what": what, **cells}) + "\n")
+
+
+def measured(command: list, **options) -> dict:
+    """The JSON in the last line that a process prints; what it complains of is the end, if it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_tokenizer(folder: Path, texts=("a b c",), size: int = 300) -> None:
+    """A byte-level BPE like gpt2's."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2TokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, size, special_tokens=["<|endoftext|>"], show_progress=False)
+    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
+
+
+def make_base_and_reward(folder: Path, config: dict):
+    """A random GPT-2 in base/, and a random LoRA of a reward model on it in reward/; returns the latter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    make_tokenizer(folder / "base")
+    GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "base")
+    judge = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    judge = get_peft_model(judge, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, **LORA))
+    judge.save_pretrained(folder / "reward")
+    return judge
+
+
+def timed(trainer, clock) -> list[float]:
+    """What the clock shows at each of a trainer's log lines; filled while it trains."""
+    ends, log = [], trainer.log
+
+    def timed_log(*args, **kwargs):
+        ends.append(clock())
+        return log(*args, **kwargs)
+
+    trainer.log = timed_log
+    return ends
+
+
+def median_seconds(ends: list[float], updates: int) -> float:
+    """Between the log lines of so many updates: of each but the first."""
+    return statistics.median(b - a for a, b in zip(ends, ends[1:updates], strict=False))
 
 
 def table(lines: list[dict]) -> str:

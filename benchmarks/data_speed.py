@@ -13,14 +13,13 @@ import json
 import os
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from bench import record
+from bench import measured, record
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
@@ -76,11 +75,7 @@ def main(args):
             path = Path(folder, "dialogues.jsonl")
             write_dialogues(path, rows)
             environment = os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache"))}
-            command = [sys.executable, __file__, "--measure", str(path)]
-            runs = []
-            for _ in range(2):
-                output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-                runs.append(json.loads(output))
+            runs = [measured([sys.executable, __file__, "--measure", path], env=environment) for _ in range(2)]
             assert runs[0]["first"] == runs[1]["first"]
             line = f"{rows:>9,}{path.stat().st_size / 2**20:>9.0f}"
             for run in runs:

@@ -18,14 +18,13 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+from bench import GPT2, SMALL, make_base_and_reward
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SHAPES = {
-    "4M": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
-    "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
-}
+SHAPES = {"4M": SMALL, "124M": GPT2}
 # parameters, layers, width, width of the MLP, width of keys and values: gpt2's, Llama's
 MODELS = {
     "0.1B": (0.124e9, 12, 768, 3072, 768),
@@ -38,23 +37,7 @@ STAGES = ("sft_training", "reward_modeling", "dpo_training", "ppo_training")
 
 def make(folder: Path, config: dict) -> None:
     """A random base, a reward adapter on it, and rows of 256 tokens and more."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
-
-    from rlhf.models.loading import load_tokenizer
-
-    torch.manual_seed(0)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a b c"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder / "base")
-    GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "base")
-    load_tokenizer(str(folder / "base")).save_pretrained(folder / "reward")
-    judge = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    get_peft_model(judge, LoraConfig(task_type="SEQ_CLS", r=16, target_modules="all-linear")).save_pretrained(
-        folder / "reward"
-    )
+    make_base_and_reward(folder, config)
     with open(folder / "rows.jsonl", "w") as file:
         for i in range(64):
             row = {"prompt": f"{i:03d}" + "xyz" * 100, "chosen": "abcd" * 30, "rejected": "dcba" * 30}

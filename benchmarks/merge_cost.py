@@ -20,14 +20,13 @@ import mmap
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from bench import record
+from bench import make_tokenizer, measured, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,12 +38,9 @@ MERGED = LINES[2:]
 def make(folder: Path, dtype: str, megabytes: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForCausalLM, GPT2TokenizerFast, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a b c"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder / "base")
+    make_tokenizer(folder / "base")
     width, bytes_each = 1024, getattr(torch, dtype).itemsize
     layers = round((megabytes * 1e6 / bytes_each - 2 * 16000 * width) / (4 * width**2 + 3 * width * 2816))
     config = LlamaConfig(
@@ -79,11 +75,10 @@ def measure(line: str, folder: Path) -> None:
 
     import merge_peft_adapter
     import rlhf.models.loading  # noqa: F401  what the merge imports
-    from rlhf.models import fingerprints
 
     apart = [0.0]
 
-    def timed(function, off=None):
+    def timed(function, off):
         def wrapper(*args):
             start = time.perf_counter()
             result = off if line == MERGED[0] else function(*args)
@@ -95,7 +90,6 @@ def measure(line: str, folder: Path) -> None:
     # what proves the merge; off for the third line
     merge_peft_adapter.probe_logits = timed(merge_peft_adapter.probe_logits, torch.ones(1))
     merge_peft_adapter.prove = timed(merge_peft_adapter.prove, 0.0)
-    fingerprints.weights_sha256 = timed(fingerprints.weights_sha256)
     gc.freeze()  # the libraries' own objects, which else are searched in the middle of a measurement
     warm_memory()
     start, peak, done = memory(), {"rss": 0, "private": 0}, threading.Event()
@@ -135,8 +129,7 @@ def main(args):
             for line in LINES:
                 shutil.rmtree(Path(folder, "saved"), ignore_errors=True)
                 command = [sys.executable, __file__, "--measure", line, "--folder", folder]
-                output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
-                runs[line].append(json.loads(output.splitlines()[-1]))
+                runs[line].append(measured(command))
         for line, results in runs.items():
             medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
             print(

@@ -21,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 
+from bench import LORA, median_seconds, timed
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
@@ -42,21 +44,10 @@ def words(prompts, completions, **columns) -> list[float]:
     return [float(len(WORDS & set(re.findall("[a-z]+", c[0]["content"].lower())))) for c in completions]
 
 
-class Timed:
-    """Notes a trainer's CPU seconds at each of its log lines."""
-
-    def __init__(self, trainer):
-        self.ends, log = [], trainer.log
-
-        def timed_log(*args, **kwargs):
-            self.ends.append(time.process_time())
-            return log(*args, **kwargs)
-
-        trainer.log = timed_log
-
-    def save(self, folder: Path, updates: int) -> None:
-        seconds = [b - a for a, b in zip(self.ends, self.ends[1:updates], strict=False)]
-        (folder / "seconds.json").write_text(json.dumps(statistics.median(seconds)))
+def save_seconds(folder: Path, ends: list[float], args) -> None:
+    """Those of an update of a trainer with these arguments."""
+    seconds = median_seconds(ends, args.total_episodes // args.batch_size)
+    (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
 def train_here(folder: Path, task: str, seed: int, critic: str) -> None:
@@ -65,24 +56,19 @@ def train_here(folder: Path, task: str, seed: int, critic: str) -> None:
     from rlhf.ppo.trainer import PPOTrainer
 
     start, flags = PPOTrainer.train, json.loads((folder / "task.json").read_text())["ours"]
-    timed = []
+    ends = []
 
     def train(trainer, **kwargs):
-        timed.append(Timed(trainer))
+        ends.append(timed(trainer, time.process_time))
         return start(trainer, **kwargs)
 
     PPOTrainer.train = train
-    own = {
-        "output_dir": folder / critic,
-        "seed": seed,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
+    own = {"output_dir": folder / critic, "seed": seed, "logging_steps": 1}
+    own |= {"eval_strategy": "no", "save_strategy": "no"}
     words_of = [part for name, value in (flags | TASKS[task] | own).items() for part in (f"--{name}", str(value))]
     arguments = ppo_training.make_parser().parse_args_and_config([*words_of, *CRITICS[critic], "--use_cpu"])
     ppo_training.main(*arguments)
-    timed[0].save(folder / critic, arguments[1].total_episodes // arguments[1].batch_size)
+    save_seconds(folder / critic, ends[0], arguments[1])
 
 
 def train_trl(folder: Path, task: str, seed: int) -> None:
@@ -110,7 +96,7 @@ def train_trl(folder: Path, task: str, seed: int) -> None:
 
     module.get_reward = get_reward
     given = json.loads((folder / "task.json").read_text())
-    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+    lora = {**LORA, "lora_dropout": 0.05}
     args = module.PPOConfig(
         output_dir=str(folder / "trl"), stop_token_id=given["stop_id"], num_sample_generations=0, save_strategy="no",
         report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=seed, logging_steps=1,
@@ -126,10 +112,10 @@ def train_trl(folder: Path, task: str, seed: int) -> None:
         train_dataset=Dataset.from_dict({"input_ids": given["prompts"]}),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora),
     )
-    timed = Timed(trainer)
+    ends = timed(trainer, time.process_time)
     trainer.train()
     trainer.model.policy.save_pretrained(folder / "trl")
-    timed.save(folder / "trl", args.total_episodes // args.batch_size)
+    save_seconds(folder / "trl", ends, args)
 
 
 def prepare(folder: Path, args, seed: int) -> tuple[str, list]:
@@ -137,8 +123,9 @@ def prepare(folder: Path, args, seed: int) -> tuple[str, list]:
     import merge_peft_adapter
     from prepare_data import load_datasets
     from rlhf.models.loading import load_frozen_policy, load_tokenizer
-    from rlhf.models.rendering import encode_prompt, tokenize
+    from rlhf.models.rendering import encode_prompt
     from rlhf.models.rollout import stop_ids
+    from rlhf.models.tokenizing import tokenize
 
     model, data = (f"saved/demo_{seed}/sft", f"demo@{seed}") if args.task == "demo" else (args.model, args.prompts)
     judge = f"saved/demo_{seed}/reward" if args.task == "demo" else f"{Path(__file__).resolve()}:words"
@@ -155,7 +142,7 @@ def prepare(folder: Path, args, seed: int) -> tuple[str, list]:
         policy = load_frozen_policy(model, tokenizer)
         policy.save_pretrained(folder / "policy"), tokenizer.save_pretrained(folder / "policy")
         stop = min(stop_ids(policy, tokenizer))  # TRL knows one
-    prompts, _ = tokenize(rows, encode=encode_prompt, tokenizer=tokenizer, name="train", max_prompt_length=128)
+    prompts, _ = tokenize(rows, encode_prompt, tokenizer, max_prompt_length=128)
     ours = {"model_name_or_path": model, "reward_model_name_or_path": judge, "dataset_names": data}
     ours |= {"validation_split_percentage": 20, "max_prompt_length": 128, "overwrite_output_dir": True}
     task = {"ours": ours, "prompts": list(prompts["prompt_ids"]), "stop_id": stop}

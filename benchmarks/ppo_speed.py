@@ -6,9 +6,9 @@
 Both train a LoRA of rank 16 on all linear layers of the same random GPT-2, with the same prompts, batch, answer
 length, epochs and micro-batch, from the same reward model. TRL's critic and reward model are networks of their own
 (the critic a LoRA too, the reward model merged); here they share the policy's base, and the critic is a LoRA or, in
-"head", a head alone. Runs alternate, each in a process
-of its own; medians are reported, and beside them the time that the matrix products of an update need at the rate at
-which this machine multiplies large matrices with the faster of torch's two libraries.
+"head", a head alone. Runs alternate, each in a process of its own; medians are reported, and beside them the time
+that the matrix products of an update need at the rate at which this machine multiplies large matrices with the faster
+of torch's two libraries.
 """
 
 import argparse
@@ -17,62 +17,24 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-from bench import record
+from bench import GPT2, LORA, SMALL, make_base_and_reward, measured, median_seconds, record, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+RUN = {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6}
 SHAPES = {
-    "tiny": {
-        "config": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
-        "run": {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6},
-    },
-    "uniform": {  # prompts of one length, the kindest case for whoever pads
-        "config": {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 256},
-        "run": {"batch": 32, "response_length": 48, "epochs": 4, "updates": 6, "length": 16},
-    },
-    "124M": {
-        "config": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
-        "run": {"batch": 8, "response_length": 16, "epochs": 2, "updates": 4},
-    },
+    "tiny": {"config": SMALL, "run": RUN},
+    "uniform": {"config": SMALL, "run": {**RUN, "length": 16}},  # one length, the kindest case for whoever pads
+    "124M": {"config": GPT2, "run": {"batch": 8, "response_length": 16, "epochs": 2, "updates": 4}},
 }
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-
-
-def make(folder: Path, config: dict) -> None:
-    """The base, a reward adapter on it, and the same merged."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        GPT2Config,
-        GPT2LMHeadModel,
-        GPT2TokenizerFast,
-    )
-
-    torch.manual_seed(0)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a b c"], vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
-    tokenizer = GPT2TokenizerFast(tokenizer_object=bpe._tokenizer)
-    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0))
-    for folder_name in ("base", "adapter", "merged"):
-        tokenizer.save_pretrained(folder / folder_name)
-    model.save_pretrained(folder / "base")
-    AutoModelForCausalLM.from_pretrained(folder / "base")
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    classifier = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, **LORA))
-    classifier.save_pretrained(folder / "adapter")
-    classifier.merge_and_unload().save_pretrained(folder / "merged")
 
 
 def prompts(shape: dict) -> list[list[int]]:
@@ -129,16 +91,14 @@ def ours(folder: Path, shape: dict, micro: int, value_adapter: bool = True):
     tokenizer = load_tokenizer(str(folder / "base"))
     policy, peft_config = load_policy(model_args, tokenizer, 0)
     policy = get_peft_model(policy, peft_config)
-    rows = prompts(shape)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         model=policy,
         args=PPOConfig(**settings(folder, run, micro), eval_strategy="no", value_adapter=value_adapter),
-        reward_model=load_reward(str(folder / "adapter"), tokenizer, model_args, policy),
-        train_dataset=Dataset.from_dict({"prompt_ids": rows}),
+        reward_model=load_reward(str(folder / "reward"), tokenizer, model_args, policy),
+        train_dataset=Dataset.from_dict({"prompt_ids": prompts(shape)}),
         eval_dataset={},
         processing_class=tokenizer,
     )
-    return trainer
 
 
 def theirs(folder: Path, shape: dict, micro: int):
@@ -166,17 +126,11 @@ def theirs(folder: Path, shape: dict, micro: int):
 def measure(who: str, folder: Path, shape: dict, micro: int) -> None:
     """One run; prints the median seconds of its updates after the first, and its peak memory."""
     trainer = {"ours": ours, "head": partial(ours, value_adapter=False), "trl": theirs}[who](folder, shape, micro)
-    ends, log = [], trainer.log
-
-    def timed_log(*args, **kwargs):
-        ends.append(time.perf_counter())
-        return log(*args, **kwargs)
-
-    trainer.log = timed_log
+    ends = timed(trainer, time.perf_counter)
     trainer.train()
-    seconds = [b - a for a, b in zip(ends, ends[1 : shape["run"]["updates"]], strict=False)]
+    seconds = median_seconds(ends, shape["run"]["updates"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": statistics.median(seconds), "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
 def floor(folder: Path, shape: dict, micro: int) -> None:
@@ -206,25 +160,18 @@ def floor(folder: Path, shape: dict, micro: int) -> None:
 
 def main(args):
     if args.measure:
-        shape = SHAPES[args.shapes[0]]
-        folder = Path(args.folder)
-        return (
-            floor(folder, shape, args.micro)
-            if args.measure == "floor"
-            else measure(args.measure, folder, shape, args.micro or shape["run"]["batch"])
-        )
+        given = Path(args.folder), SHAPES[args.shapes[0]], args.micro
+        return floor(*given) if args.measure == "floor" else measure(args.measure, *given)
     pythons = {"ours": sys.executable, "head": sys.executable, "trl": args.trl_python, "floor": sys.executable}
     for name in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), SHAPES[name]["config"])
+            judge = make_base_and_reward(Path(folder), SHAPES[name]["config"])
+            judge.merge_and_unload().save_pretrained(Path(folder, "merged"))
             micro = args.micro or SHAPES[name]["run"]["batch"]
             results = {"ours": [], "head": [], "trl": [], "floor": []}
             for who in [*["ours", "head", "trl"] * args.repeats, "floor"]:
                 command = [pythons[who], __file__, "--measure", who, "--folder", folder, "--shapes", name]
-                done = subprocess.run([*command, "--micro", str(micro)], capture_output=True, text=True, cwd=folder)
-                if done.returncode:
-                    sys.exit(done.stderr[-3000:])
-                results[who].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                results[who].append(measured([*command, "--micro", micro], cwd=folder))
             print(f"\n{name}: {SHAPES[name]['run']}, micro-batch {micro}, {args.repeats} runs each, alternating")
             print(f"{'':12}{'s an update':>14}{'(all runs)':>30}{'peak MB':>10}")
             median = {}

@@ -33,13 +33,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import machine, record, table
+from bench import GPT2, SMALL, machine, make_tokenizer, record, table
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = ROOT / "benchmarks/bare_loop.py"
 SHAPES = {  # with the steps, repeats and held-out rows that keep a default run short: minutes, a quarter of an hour
-    "small": ({"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 8192, "n_positions": 512}, 12, 3, 64),
-    "124M": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}, 2, 1, 16),
+    "small": ({**SMALL, "n_positions": 512}, 12, 3, 64),
+    "124M": (GPT2, 2, 1, 16),
 }
 STAGES = {  # our script, TRL's, the rows that it reads, learning rate
     "sft": ("sft_training", "sft", 2e-4),
@@ -54,6 +54,7 @@ SIDES = {
     "padded": "bare, padded",
     "unpadded": "bare, unpadded",
 }
+GROWTH = (1_000, 10_000, 100_000)  # rows
 FIRST = re.compile(rb"'loss': |(it/s|s/it), loss ")  # the first step's loss, as TRL prints it or our bar shows it
 
 
@@ -80,8 +81,7 @@ def made_up(path: Path, rows: int) -> None:
 def prepare(folder: Path, config: dict, rows: Path, args) -> None:
     """The base with tokenizer and template, the rows as both sides read them, their tokens for the bare loop."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     sys.path.insert(0, str(ROOT))
     from prepare_data import load_datasets
@@ -90,9 +90,7 @@ def prepare(folder: Path, config: dict, rows: Path, args) -> None:
 
     found, _, _ = load_datasets(str(rows), "preference", validation_split_percentage=0, seed=0)
     texts = ("\n".join(m["content"] for side in row if side != "dataset" for m in row[side]) for row in found)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, config["vocab_size"], special_tokens=["<|endoftext|>"], show_progress=False)
-    GPT2TokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder / "base")
+    make_tokenizer(folder / "base", texts, config["vocab_size"])
     tokenizer = load_tokenizer(str(folder / "base"))
     tokenizer.save_pretrained(folder / "base")
     torch.manual_seed(0)
@@ -211,7 +209,7 @@ def measure(shape: str, stage: str, folder: Path, tokens: int, args) -> list[dic
 def growth(folder: Path, args) -> list[dict]:
     """Our SFT on more and more rows, as many steps of each: five times a comparison's, as the rows drawn differ."""
     lines, args = [], argparse.Namespace(**vars(args) | {"steps": 5 * args.steps})
-    for count in args.growth_rows:
+    for count in GROWTH:
         made_up(folder / f"{count}.jsonl", count)
         out = folder / f"growth_{count}"
         command = command_of(folder, "sft", "ours", out, 0, args)
@@ -223,7 +221,7 @@ def growth(folder: Path, args) -> list[dict]:
         line = {"tokens": tokens / seconds, "seconds": seconds / args.steps, **found}
         line["ratio"] = line["tokens"] / lines[0]["tokens"] if lines else 1.0
         line["memory"] = line["peak"] / lines[0]["peak"] if lines else 1.0
-        lines.append({"what": f"growth, sft: {count:,} rows over {args.growth_rows[0]:,}", **line})
+        lines.append({"what": f"growth, sft: {count:,} rows over {GROWTH[0]:,}", **line})
     return lines
 
 
@@ -277,7 +275,6 @@ def make_parser():
     add("--max_length", type=int, default=256, help="longer rows are left out (256)")
     add("--held_out", type=int, help="rows that the loss is computed on at the end (small 64, 124M 16)")
     add("--growth", action="store_true", help="also our SFT on 1,000, 10,000 and 100,000 rows")
-    add("--growth_rows", type=int, nargs="+", default=[1_000, 10_000, 100_000], help=argparse.SUPPRESS)
     add("--verbose", action="store_true", help="print all commands")
     add("--record", help=argparse.SUPPRESS)
     add("--prepare", nargs=3, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ answers, and the others see which of two answers was liked better, wrongly now a
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -59,11 +60,12 @@ def run(command: str) -> None:
     words = command.split()
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1"] if words[0] == "accelerate" else []
     words = words[2:] if launcher else words[1:]
-    if subprocess.run([sys.executable, *launcher, *words], cwd=ROOT).returncode != 0:
+    if subprocess.run([sys.executable, *launcher, *words]).returncode != 0:
         raise SystemExit(f"the demo stopped at: {command}")
 
 
 def main(args):
+    os.chdir(ROOT)  # where the commands are typed
     start = time.time()
     folder, base = Path(args.output_dir), Path(f"{args.base_dir}_{args.seed}")
     data = f"demo@{args.seed}"

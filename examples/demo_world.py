@@ -323,7 +323,6 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         raise FileExistsError(f"{output_dir} exists already: remove it or choose another --output_dir")
     import torch
     from tokenizers import ByteLevelBPETokenizer
-    from tqdm import trange
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
     documents = list(pretraining_text(seed))
@@ -339,6 +338,21 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
+    read(model, documents, eos, random.Random(seed), steps)
+
+    # written beside the folder and renamed, so that a killed run leaves no half a model
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
+        model.save_pretrained(Path(folder) / "model")
+        tokenizer.save_pretrained(Path(folder) / "model")
+        (Path(folder) / "model").rename(output_dir)
+
+
+def read(model, documents: list[list[int]], eos: int, rng: random.Random, steps: int) -> None:
+    """Train a GPT-2 on tokens of documents, each of which ends with `eos`."""
+    import torch
+    from tqdm import trange
+
     # Muon for the matrices inside the layers: names are copied after half the steps that AdamW alone needs
     matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
@@ -350,7 +364,6 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 1 - step / steps))
         for optimizer in optimizers
     ]
-    rng = random.Random(seed)
     progress = trange(steps, desc="training the demo's base model")
     for _ in progress:
         # one document a row, not packed: with other documents' names in sight, copying the right one is learned late
@@ -365,13 +378,6 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
             schedule.step()
             optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.2f}")
-
-    # written beside the folder and renamed, so that a killed run leaves no half a model
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as folder:
-        model.save_pretrained(Path(folder) / "model")
-        tokenizer.save_pretrained(Path(folder) / "model")
-        (Path(folder) / "model").rename(output_dir)
 
 
 def show(prompt: str, answer: str) -> None:

@@ -9,11 +9,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from examples import demo_world
+from examples import demo, demo_world
 from examples.demo_world import gold_parts, gold_score
+from tests.conftest import ROOT
 
 PROMPT = "What a fog today! I am Ada. Where can I get a rain hat?"
 BEST = (
@@ -159,3 +161,13 @@ def test_pretraining_text_holds_no_chat_markers_and_every_fact():
 def test_base_is_not_trained_over_an_existing_folder(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         demo_world.train_base(tmp_path)
+
+
+def test_the_demo_can_be_started_from_any_folder(tmp_path, monkeypatch):
+    """Its base model was left where it was started, and looked for in the project's folder."""
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_world, "train_base", lambda *args: folders.append(Path.cwd()))
+    monkeypatch.setattr(demo, "run", lambda command: folders.append(Path.cwd()))
+    demo.main(SimpleNamespace(output_dir="saved/nowhere", base_dir="saved/never", seed=0))
+    assert folders == [ROOT] * 7

@@ -222,7 +222,7 @@ def test_a_reward_adapter_is_one_by_its_tensors_whatever_its_label(base, tmp_pat
     for load in (load_frozen_policy, lambda name, t: load_policy(ModelArguments(model_name_or_path=name), t, 0)):
         with pytest.raises(UserError, match="is a reward model, not a policy"):
             load(adapter, tokenizer)
-    torch.testing.assert_close(logits(load_reward_model(adapter)), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load_reward_model(adapter, tokenizer)), expected, atol=1e-5, rtol=0)
     continued, _ = new_reward_model(ModelArguments(model_name_or_path=adapter), tokenizer, 0)
     torch.testing.assert_close(logits(continued), expected, atol=1e-5, rtol=0)
     model = AutoModelForSequenceClassification.from_pretrained(

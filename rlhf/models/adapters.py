@@ -3,16 +3,14 @@
 import json
 import re
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from rlhf.models.fingerprints import weights_sha256
@@ -24,16 +22,9 @@ FULL_PRECISION = (
     "merge the adapter into the model that it is a copy of,\n  python merge_peft_adapter.py "
     "--adapter_model_name=ADAPTER --base_model_name=FULL_PRECISION_MODEL --output_name=MERGED"
 )
-# what a quantised copy's config may say otherwise than the model's own
-LOOSE = (
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "unsloth_fixed",
-    "unsloth_version",
-)
+QUANTISED = re.compile("4-?bit|gptq|awq", re.IGNORECASE)  # in the name of a copy
+# what such a copy's config may say otherwise than the model's own
+LOOSE = "dtype torch_dtype transformers_version _name_or_path use_cache unsloth_fixed unsloth_version".split()
 
 
 @contextmanager
@@ -49,7 +40,7 @@ def explain_load(name):
         lines = str(error).strip().split("\n")
         reason = next((line for line in lines if "mismatch" in line), lines[0])
         missing = "" if Path(name).exists() else "no such folder here, and not loadable from the hub\n  "
-        if missing and re.search("4-?bit|gptq|awq", name.lower()):
+        if missing and QUANTISED.search(name):
             raise UserError(f"{name}, a quantised copy, is not here: {FULL_PRECISION}") from error
         raise UserError(f"cannot load a model from {name}: {missing}{reason.strip()[:300]}") from error
     finally:
@@ -83,16 +74,18 @@ def resolve_adapters(name: str, moved: bool = False) -> tuple[str, list[str]]:
 
 
 def adapter_settings(adapter: str) -> dict:
-    return json.loads(Path(find_adapter_config_file(adapter)).read_text())
+    with explain_load(adapter):
+        return json.loads(Path(find_adapter_config_file(adapter)).read_text())
 
 
 def adapter_weights(adapter: str) -> dict[str, torch.Tensor]:
     """What is stored in an adapter's folder.
 
     Raises:
-        UserError: naming the first tensor that is not finite.
+        UserError: if it cannot be read, or naming the first tensor that is not finite.
     """
-    weights = load_peft_weights(adapter, device="cpu")
+    with explain_load(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
     check_finite(weights.items(), adapter)
     return weights
 
@@ -135,8 +128,7 @@ def task_of(adapter: str) -> str:
     Raises:
         UserError: if it is for neither.
     """
-    with explain_load(adapter):
-        label, weights = adapter_settings(adapter).get("task_type"), adapter_weights(adapter)
+    label, weights = adapter_settings(adapter).get("task_type"), adapter_weights(adapter)
     if label not in (None, "", "CAUSAL_LM", "SEQ_CLS"):
         raise UserError(f"{adapter} is an adapter for {label}: neither a policy nor a reward model")
     for path in Path(adapter).glob("value_head.*"):  # our PPO's critic is named otherwise inside, and no .bin
@@ -193,12 +185,11 @@ def resize_for(model, adapter: str) -> int:
     """Give a model as many embeddings as an adapter was trained with, where it carries whole embeddings; how many."""
     layers = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    with explain_load(adapter):
-        rows = {
-            weight.shape[0]
-            for key, weight in adapter_weights(adapter).items()
-            if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
-        }
+    rows = {
+        weight.shape[0]
+        for key, weight in adapter_weights(adapter).items()
+        if key.endswith(".weight") and ".lora_" not in key and any(f".{name}." in key for name in names)
+    }
     if rows and rows != {shape_of(layers[0].weight)[0]}:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
     return shape_of(layers[0].weight)[0]
@@ -260,7 +251,7 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
     if resolve_adapters(base)[1]:
         raise UserError(f"--base_model_name {given} is an adapter itself: the base of {adapter} is {named}")
     config, trained = read_config(base), read_config(named)
-    if base != named and not trained and re.search("4-?bit|gptq|awq", named.lower()):
+    if base != named and not trained and QUANTISED.search(named):
         raise UserError(
             f"{named}, the base of {adapter}, is not here to compare: its config.json is enough\n"
             f"  hf download {named} config.json, and the same command again"
@@ -282,68 +273,3 @@ def check_base(given: str | None, named: str, adapter: str) -> str:
             f"and {why}\n  leave --base_model_name out, or give a copy of that model"
         )
     return base
-
-
-def check_layers(model, model_args) -> None:
-    """Each layer that a LoRA flag names is in the model: PEFT passes over one that is not, if another is.
-
-    Raises:
-        UserError: with the names that there are.
-    """
-    able = (torch.nn.Linear, torch.nn.Embedding, Conv1D, torch.nn.Conv1d, torch.nn.Conv2d)
-    layers = [name for name, module in model.named_modules() if isinstance(module, able)]
-    saved = [name for name, module in model.named_modules() if list(module.parameters())]
-    # PEFT has no LoRA for a parameter that is stored as its transpose
-    transposed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Conv1D))
-    weights = [name for name, _ in model.named_parameters() if not name.startswith(transposed)]
-    for flag, there in (
-        ("lora_target_modules", layers),
-        ("lora_modules_to_save", saved),
-        ("lora_target_parameters", weights),
-    ):
-        names = getattr(model_args, flag)
-        for wanted in names if isinstance(names, list) and names != ["all-linear"] else ():
-            if not any(f".{name}".endswith(f".{wanted}") for name in there):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in there if name[-1:].isalpha()}))
-                raise UserError(f"--{flag} {wanted}: the model has no such one\n  it has {known[:220]}")
-
-
-def lora_config(model, model_args, task_type: str) -> LoraConfig:
-    check_layers(model, model_args)
-    return LoraConfig(
-        task_type=task_type,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
-        target_parameters=model_args.lora_target_parameters,
-        modules_to_save=model_args.lora_modules_to_save,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        revision=None if model_args.model_revision == "main" else model_args.model_revision,
-        bias="none",
-    )
-
-
-def check_continues(adapter, model_args):
-    """An adapter is continued as it is: LoRA flags that say otherwise are a misunderstanding."""
-    config = adapter_settings(adapter)
-    if not model_args.use_peft:
-        raise UserError(f"{adapter} is an adapter: merge it before training all weights,\n  {merge_command(adapter)}")
-    names = {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
-    names |= {"lora_r": "r", "model_revision": "revision", "lora_modules_to_save": "modules_to_save"}
-    names |= {"lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters"}
-    for f in fields(model_args):
-        value, now = getattr(model_args, f.name), config.get(names.get(f.name))
-        default = "all-linear" if f.name == "lora_target_modules" else f.default
-        if isinstance(value, list):  # an adapter may name its layers by their whole paths
-            same = now and all(any(f".{path}".endswith(f".{name}") for name in value) for path in now)
-            same = same and all(any(f".{path}".endswith(f".{name}") for path in now) for name in value)
-            now = ", ".join(sorted({path.rpartition(".")[2] for path in now or ()})) or None
-        else:
-            same = value == now
-        if f.name in names and value != default and not same:
-            raise UserError(
-                f"--{f.name} {value}: the adapter {adapter} has {now}, and training continues it as it is\n"
-                "  leave the flag out, or merge the adapter first and train a new one on the result"
-            )

@@ -42,7 +42,22 @@ def sha256_of(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def token_parts(tokenizer) -> dict:
+    """What decides how messages become tokens."""
+    return {
+        "vocabulary": tokenizer.get_vocab(),
+        "chat template": tokenizer.chat_template,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+    }
+
+
 def tokenizer_sha256(tokenizer) -> str:
-    """The hash of what decides how messages become tokens: vocabulary, template, end-of-turn and padding."""
-    parts = [tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token]
+    parts = list(token_parts(tokenizer).values())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def differing_tokens(theirs, ours) -> list[str]:
+    """What of two tokenizers makes other tokens of the same messages; empty if nothing does."""
+    parts = token_parts(ours)
+    return [name for name, part in token_parts(theirs).items() if part != parts[name]]

@@ -6,7 +6,7 @@ starts from its weights with a fresh head. So `base + adapter` is always the who
 """
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
@@ -22,19 +22,20 @@ from rlhf.models.adapters import (
     IF_THERE,
     adapter_weights,
     base_revision,
-    check_continues,
     check_finite,
     check_unchanged,
     explain_load,
     load_adapter,
-    lora_config,
     merge_command,
     resize_for,
     resolve_adapters,
     task_of,
 )
+from rlhf.models.lora import check_continues, lora_config
 from rlhf.models.rendering import install_template, set_system_prompt
+from rlhf.models.rollout import stop_ids
 from rlhf.models.shards import shape_of
+from rlhf.models.shared_base import place_lora
 from rlhf.models.templates import UNUSED_BYTE
 from rlhf.user_error import UserError
 
@@ -83,10 +84,7 @@ def set_special_tokens(model, tokenizer) -> None:
     """Tell a model what its tokenizer pads and stops with; the stops that it had are kept."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
-        stops = model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        stops = [token for token in dict.fromkeys([tokenizer.eos_token_id, *stops]) if token is not None]
-        model.generation_config.eos_token_id = stops or None
+        model.generation_config.eos_token_id = stop_ids(model, tokenizer) or None
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -128,12 +126,11 @@ def _load_base(auto_class, base, adapter, model_args, tokenizer, **kwargs):
     if auto_class is AutoModelForSequenceClassification and not hasattr(model, "score"):
         raise UserError(f"{base} ({type(model).__name__}) has no `score` at its last token: it makes no reward model")
     set_special_tokens(model, tokenizer)
-    # bitsandbytes would repack 4-bit weights at the first forward in eval mode, and training would lose its gradients
     for module in model.modules():
+        # bitsandbytes would repack 4-bit weights at a first forward in eval mode: training would lose its gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
-    for module in model.modules():
+        # trainers switch off nn.Dropout but not dropout by a number (OPT's): policy and reference would differ
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
@@ -223,10 +220,7 @@ def new_reward_model(model_args, tokenizer, seed: int):
     model = get_peft_model(model, config)
     # the trunk has the same module names under both heads, so the policy's LoRA fits as it is
     weights = {"base_model.model.score.weight": model.get_base_model().score.weight} | adapter_weights(adapter)
-    loaded = set_peft_model_state_dict(model, weights)
-    lost = [key for key in loaded.missing_keys if "lora_" in key] + list(loaded.unexpected_keys)
-    if lost:
-        raise UserError(f"the adapter {adapter} does not fit a reward model: {lost[0]} has no place in it")
+    place_lora(model, weights, "default", f"the adapter {adapter} does not fit a reward model")
     return model, None
 
 
@@ -237,9 +231,7 @@ def trained_head(adapter: str) -> torch.Tensor:
         UserError: if it has none, or one of several labels.
     """
     task_of(adapter)  # refuses what is neither
-    with explain_load(adapter):
-        weights = adapter_weights(adapter)
-    heads = [value for key, value in weights.items() if ".score." in key]
+    heads = [value for key, value in adapter_weights(adapter).items() if ".score." in key]
     if len(heads) != 1:
         raise UserError(
             f"{adapter} has no trained `score` head: it is not a reward model\n  reward_modeling.py makes one"
@@ -249,28 +241,19 @@ def trained_head(adapter: str) -> torch.Tensor:
     return heads[0]
 
 
-def load_reward_model(name: str, tokenizer=None, model_args=None):
-    """A trained reward model for scoring, frozen and in eval mode.
+def load_reward_model(name: str, tokenizer, model_args=None):
+    """A trained reward model for scoring with its own tokenizer, frozen and in eval mode.
 
-    Args:
-        tokenizer: the one that will make its input, if not its own.
     Raises:
-        UserError: if the folder holds no trained head, more than one label, or was trained with another tokenizer or
-            template.
+        UserError: if the folder holds no trained head, or more than one label.
     """
     base, adapter = resolve_model(name)
-    own = load_tokenizer(name)
-    if differs := differing_tokens(own, tokenizer or own):
-        raise UserError(
-            f"{name} was trained with another {' and '.join(differs)} than this policy\n"
-            "  train the reward model from the same SFT folder as the policy"
-        )
     head = trained_head(adapter) if adapter else None
     with explain_load(base):
         labels = 1 if adapter else AutoConfig.from_pretrained(base).num_labels
     if labels != 1:
         raise UserError(f"{name} has {labels} labels: a reward model has one")
-    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, own, num_labels=1)
+    model, info = _load_base(AutoModelForSequenceClassification, base, adapter, model_args, tokenizer, num_labels=1)
     if adapter:
         model = load_adapter(model, adapter)
         loaded = model.get_base_model().score.modules_to_save["default"].weight
@@ -284,11 +267,9 @@ def load_merge_base(base: str, adapter: str, tokenizer):
     """The base to merge an adapter into: in float32, of the class that the adapter's task asks for."""
     auto_class, head, options = AutoModelForCausalLM, set(), {}
     if task_of(adapter) == "SEQ_CLS":
-        with explain_load(adapter):
-            weights = adapter_weights(adapter)
+        auto_class, weights = AutoModelForSequenceClassification, adapter_weights(adapter)
         labels = [weight.shape[0] for key, weight in weights.items() if key.endswith("score.weight")]
-        auto_class, head = AutoModelForSequenceClassification, {"score.weight"} if labels else set()
-        options = {"num_labels": labels[0]} if labels else {}
+        head, options = ({"score.weight"}, {"num_labels": labels[0]}) if labels else (set(), {})
     with explain_load(base):
         model, info = auto_class.from_pretrained(
             base, revision=base_revision(adapter), dtype="float32", output_loading_info=True, **options
@@ -302,20 +283,6 @@ def load_merge_base(base: str, adapter: str, tokenizer):
     return model
 
 
-def differing_tokens(theirs, ours) -> list[str]:
-    """What of two tokenizers makes other tokens of the same messages; empty if nothing does."""
-    return [
-        what
-        for what, a, b in (
-            ("vocabulary", theirs.get_vocab(), ours.get_vocab()),
-            ("chat template", theirs.chat_template, ours.chat_template),
-            ("eos_token", theirs.eos_token, ours.eos_token),
-            ("pad_token", theirs.pad_token, ours.pad_token),
-        )
-        if a != b
-    ]
-
-
 def max_positions(model) -> int:
     """The longest sequence that the model's position embeddings allow."""
     config = model.config.get_text_config()
@@ -325,8 +292,8 @@ def max_positions(model) -> int:
 def fit_length(max_length: int | None, model) -> int:
     """`max_length` within the model's positions, saying so where it had to be lowered."""
     positions = max_positions(model)
-    if max_length is None or max_length > positions:
-        if max_length is not None:
-            print(f"max_length {max_length} is beyond the model's {positions} positions: {positions} is used")
+    if max_length is None:
         return positions
-    return max_length
+    if max_length > positions:
+        print(f"max_length {max_length} is beyond the model's {positions} positions: {positions} is used")
+    return min(max_length, positions)

@@ -2,7 +2,8 @@
 
 from itertools import groupby
 
-from rlhf.models.rendering import Unrenderable, encode_demonstrations, encode_preference, encode_prompt, tokenize
+from rlhf.models.rendering import Unrenderable, encode_demonstrations, encode_preference, encode_prompt
+from rlhf.models.tokenizing import tokenize
 from rlhf.user_error import visible
 
 ENCODERS = {"sft": encode_demonstrations, "preference": encode_preference, "prompt": encode_prompt}
@@ -49,10 +50,10 @@ def show_example(row: dict, task: str, tokenizer, encoded: dict) -> str:
 
 
 def measure(rows, task: str, tokenizer, **limits) -> tuple[dict, str]:
-    """The counts of `rendering.tokenize`, and a table of length percentiles in tokens."""
+    """The counts of `tokenize`, and a table of length percentiles in tokens."""
     import numpy
 
-    encoded, counts = tokenize(rows, ENCODERS[task], tokenizer, "train", **limits)
+    encoded, counts = tokenize(rows, ENCODERS[task], tokenizer, **limits)
     at = (50, 90, 95, 99, 100)
     lines = [f"{'tokens a row':<28}" + "".join(f"{'longest' if p == 100 else f'{p}%':>10}" for p in at)]
     for column in (name for name in encoded.column_names if name.endswith("ids")):

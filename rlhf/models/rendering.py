@@ -6,13 +6,6 @@ starts where training did; and an answer ends with its end-of-turn token (EOS), 
 learns to stop.
 """
 
-from collections import Counter
-from importlib.metadata import version
-from pathlib import Path
-
-from datasets.fingerprint import Hasher
-
-from rlhf.models.fingerprints import sha256_of
 from rlhf.models.templates import (
     PLAIN_TEMPLATE,
     PROBE,
@@ -25,13 +18,8 @@ from rlhf.models.templates import (
     token_ids,
     with_system_prompt,
 )
-from rlhf.processes import first_here_first
 from rlhf.user_error import UserError
 
-WHAT_TO_DO = (
-    "  where rows are too long raise --max_length (a model's positions are its end), else mend the rows;"
-    " prepare_data.py --preview shows them"
-)
 NO_SYSTEM = (
     "  give plain text; a model without a system turn needs it at the start of each row's prompt, or a turn for it in"
     " its chat_template.jinja"
@@ -56,16 +44,13 @@ def install_template(tokenizer) -> None:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + PLAIN_TEMPLATE
     try:
         ids = tokenizer(render(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"]
-    except Unrenderable as error:
-        raise UserError(f"the tokenizer's template cannot be used: {error}") from error
-    if ids[-1] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        raise UserError(
-            "the chat template does not end an answer with an end-of-turn token: the model would never learn to stop\n"
-            "  edit chat_template.jinja so that an assistant's message ends with eos_token"
-        )
-    if ids[-1] != tokenizer.eos_token_id:  # e.g. ChatML on a base model whose eos_token is <|endoftext|>
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[-1])
-    try:
+        if not ids or ids[-1] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+            raise UserError(
+                "the chat template does not end an answer with an end-of-turn token: the model would never learn to "
+                "stop\n  edit chat_template.jinja so that an assistant's message ends with eos_token"
+            )
+        if ids[-1] != tokenizer.eos_token_id:  # e.g. ChatML on a base model whose eos_token is <|endoftext|>
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[-1])
         encode_dialogue(tokenizer, PROBE[:1], PROBE[1:])
     except Unrenderable as error:
         raise UserError(f"the chat template cannot be trained on: {error}") from error
@@ -121,11 +106,16 @@ def encode_dialogue(tokenizer, prompt: list[dict], completion: list[dict]) -> tu
     return prompt_ids, ids[len(prompt_ids) :], labels
 
 
-def _prompt_room(max_length, max_prompt_length, answer_length):
+def _fit_prompt(tokenizer, prompt, prompt_ids, answer_length, max_length, max_prompt_length) -> tuple[list[int], bool]:
+    """The prompt's tokens within the room beside the answer, and whether it was shortened for that."""
     if answer_length >= max_length:
         raise Unrenderable("answer alone is longer than max_length")
     room = max_length - answer_length
-    return room if max_prompt_length is None else min(room, max_prompt_length)
+    if max_prompt_length is not None:
+        room = min(room, max_prompt_length)
+    if len(prompt_ids) <= room:
+        return prompt_ids, False
+    return token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True), True
 
 
 def encode_demonstration(
@@ -143,17 +133,14 @@ def encode_demonstration(
     while len(completion_ids) + len(prompt_ids) > max_length and len(answers) > 1:
         answers.pop()
         prompt_ids, completion_ids, labels = encode_dialogue(tokenizer, prompt, completion[: answers[-1] + 1])
-    room = _prompt_room(max_length, max_prompt_length, len(completion_ids))
-    shortened = len(answers) < sum(m["role"] == "assistant" for m in completion)
-    if len(prompt_ids) > room:
-        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
-        shortened = True
+    limits = max_length, max_prompt_length
+    prompt_ids, shortened = _fit_prompt(tokenizer, prompt, prompt_ids, len(completion_ids), *limits)
     assert labels[-1] == tokenizer.eos_token_id, "the EOS of an answer must carry loss"
     input_ids = prompt_ids + completion_ids
     return {
         "input_ids": input_ids,
         "labels": [-100] * len(prompt_ids) + labels if completion_only else list(input_ids),
-        "shortened": shortened,
+        "shortened": shortened or len(answers) < sum(m["role"] == "assistant" for m in completion),
     }
 
 
@@ -216,10 +203,8 @@ def encode_preference(row, tokenizer, max_length: int, max_prompt_length: int | 
     _, rejected_ids, rejected_labels = encode_dialogue(tokenizer, prompt, rejected)
     if chosen_ids == rejected_ids:
         raise Unrenderable(SAME)
-    room = _prompt_room(max_length, max_prompt_length, max(len(chosen_ids), len(rejected_ids)))
-    shortened = len(prompt_ids) > room
-    if shortened:
-        prompt_ids = token_ids(tokenizer, shorten_prompt(tokenizer, prompt, room), add_generation_prompt=True)
+    longest, limits = max(len(chosen_ids), len(rejected_ids)), (max_length, max_prompt_length)
+    prompt_ids, shortened = _fit_prompt(tokenizer, prompt, prompt_ids, longest, *limits)
     encoded = {
         "prompt_ids": prompt_ids,
         "chosen_ids": chosen_ids,
@@ -241,86 +226,3 @@ def encode_prompt(row, tokenizer, max_prompt_length: int) -> dict:
         "reference": row.get("reference") or "",
         "shortened": prompt != row["prompt"],
     }
-
-
-# What stands for a dropped row in the columns of its encoder; of the right type, should a whole batch be dropped.
-DROPPED = {
-    **dict.fromkeys((encode_demonstration, encode_demonstrations), {"input_ids": [0], "labels": [0]}),
-    encode_preference: {
-        "prompt_ids": [0],
-        **dict.fromkeys(("chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask"), [0]),
-    },
-    encode_prompt: {"prompt_ids": [0], "prompt": PROBE[:1], "reference": ""},
-}
-
-
-def encode_rows(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
-    """A dataset's rows through one of the encoders: (the examples, what became of the rows).
-
-    Rows that cannot be trained on are dropped and counted: `{"kept": rows, "examples": n, "shortened": rows,
-    "dropped": {reason: rows}, "dropped_of": {dataset: {reason: rows}}, "tokens": n, "tokens_of": {dataset: n}}`.
-    """
-
-    def encode_row(row, place):
-        try:
-            encoded, problem = encode(row, tokenizer, **limits), ""
-        except Unrenderable as reason:
-            encoded, problem = DROPPED[encode] | {"shortened": False}, str(reason)
-            if row.get("margin") is not None and encode is encode_preference:
-                encoded["margin"] = 0.0
-        for example in encoded if isinstance(encoded, list) else [encoded]:
-            size = sum(len(ids) for column, ids in example.items() if column.endswith("ids"))
-            yield example | {"problem": problem, "size": size, "source": row.get("dataset", name), "place": place}
-
-    def encode_batch(batch, places):
-        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        examples = [example for row, place in zip(rows, places, strict=True) for example in encode_row(row, place)]
-        return {column: [example[column] for example in examples] for column in examples[0]}
-
-    # all that decides the result; datasets would read this closure with all that it reaches, for longer than it works
-    code = [version(package) for package in ("transformers", "tokenizers", "jinja2")]
-    code += [sha256_of(*sorted(Path(__file__).parent.glob("*.py")))]
-    made_by = Hasher.hash((dataset._fingerprint, name, encode.__name__, sorted(limits.items()), tokenizer, code))
-    columns, options = dataset.column_names, {"num_proc": num_proc, "desc": f"Tokenizing {name}"}
-    with first_here_first():  # one process writes the cache, the others read it
-        options |= {"with_indices": True, "remove_columns": columns, "new_fingerprint": made_by}
-        encoded = dataset.map(encode_batch, batched=True, **options)
-        kept = encoded
-        if any(encoded["problem"]):
-            options = {"input_columns": "problem", "new_fingerprint": f"{made_by}kept"}
-            kept = encoded.filter(lambda problem: not problem, **options)
-    dropped_of, tokens_of, places, shortened = {}, Counter(), set(), set()
-    about = (encoded[column] for column in ("problem", "source", "size", "place", "shortened"))
-    for problem, source, size, place, short in zip(*about, strict=True):
-        if problem:
-            dropped_of.setdefault(source, Counter())[problem] += 1
-        else:
-            tokens_of[source] += size
-            places.add(place)
-            shortened |= {place} if short else set()
-    counts = {
-        "kept": len(places),
-        "examples": len(kept),
-        "shortened": len(shortened),
-        "dropped": dict(sum(dropped_of.values(), Counter())),
-        "dropped_of": {source: dict(reasons) for source, reasons in dropped_of.items()},
-        "tokens": tokens_of.total(),
-        "tokens_of": dict(tokens_of),
-    }
-    return kept.remove_columns(["problem", "shortened", "size", "source", "place"]), counts
-
-
-def tokenize(dataset, encode, tokenizer, name: str, num_proc: int | None = None, **limits):
-    """`encode_rows` of rows that must not all be dropped.
-
-    Raises:
-        UserError: if no row is left.
-    """
-    kept, counts = encode_rows(dataset, encode, tokenizer, name, num_proc, **limits)
-    if not counts["kept"]:
-        raise UserError(f"no row of {name} can be trained on: {told(counts['dropped'])}\n{WHAT_TO_DO}")
-    return kept, counts
-
-
-def told(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in Counter(dropped).most_common())

@@ -17,16 +17,15 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from rlhf.models.adapters import adapter_weights, base_revision, explain_load
-from rlhf.models.fingerprints import configs_sha256, sha256_of, tokenizer_sha256, weights_sha256
-from rlhf.models.loading import (
+from rlhf.models.adapters import adapter_weights, base_revision
+from rlhf.models.fingerprints import (
+    configs_sha256,
     differing_tokens,
-    load_reward_model,
-    load_tokenizer,
-    max_positions,
-    resolve_model,
-    trained_head,
+    sha256_of,
+    tokenizer_sha256,
+    weights_sha256,
 )
+from rlhf.models.loading import load_reward_model, load_tokenizer, max_positions, resolve_model, trained_head
 from rlhf.models.rendering import encode_dialogue
 from rlhf.models.rollout import plain, read_scores
 from rlhf.models.shared_base import active_adapter, attach_adapter
@@ -204,10 +203,8 @@ def shares_base(adapter: str, base: str, model_args) -> bool:
     """Whether a reward adapter is a LoRA, with nothing beside its head, on the very model that the policy has."""
     policy_base, policy_adapter = resolve_model(model_args.model_name_or_path)
     revision = base_revision(policy_adapter) if policy_adapter else model_args.model_revision
-    with explain_load(adapter):
-        weights = adapter_weights(adapter)
     return (
         Path(base).resolve() == Path(policy_base).resolve()
         and base_revision(adapter) == revision
-        and all(".lora_" in key or ".score." in key for key in weights)
+        and all(".lora_" in key or ".score." in key for key in adapter_weights(adapter))
     )

@@ -18,10 +18,11 @@ from rlhf.models.token_logprobs import parts, token_logprobs
 TINY = torch.finfo(torch.float32).tiny  # a token less likely than e^-87 counts as that
 
 
-def stop_ids(policy, tokenizer) -> set[int]:
+def stop_ids(policy, tokenizer) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS, and what the model itself stops with."""
     own = policy.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    own = own if isinstance(own, list) else [own]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
 
 
 def right_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,8 +234,3 @@ def read_scores(model, head, rows: list[list[int]], pad_id: int, batch_size: int
         last = last_states(model, [rows[j] for j in chosen], pad_id)[ends]
         scores[chosen] = head(last.to(head.weight.dtype)).float().squeeze(-1)
     return scores
-
-
-def score(reward_model, rows: list[list[int]], pad_id: int) -> torch.Tensor:
-    """The rewards of rows of tokens by a sequence classifier, (rows,)."""
-    return read_scores(reward_model, plain(reward_model).score, rows, pad_id)

@@ -71,10 +71,19 @@ def attach_adapter(model: PeftModel, folder: str, name: str) -> None:
         for parameter in parameters_of(model, name).values():
             parameter.requires_grad_(False)
         weights = {key: value for key, value in adapter_weights(folder).items() if ".lora_" in key}
-        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
-    lost = [key for key in loaded.missing_keys if f".{name}." in key] + list(loaded.unexpected_keys)
-    if lost:
-        raise UserError(f"the adapter {folder} does not fit the policy's base: {lost[0]} has no place in it")
+        place_lora(model, weights, name, f"the adapter {folder} does not fit the policy's base")
+
+
+def place_lora(model, weights: dict, name: str, misfit: str) -> None:
+    """Load stored weights into an adapter that a PeftModel has.
+
+    Raises:
+        UserError: if one finds no place, or the adapter has a LoRA that is not among them.
+    """
+    loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    lost = [key for key in parameters_of(model, name) if "lora_" in key and key in loaded.missing_keys]
+    if lost := lost + list(loaded.unexpected_keys):
+        raise UserError(f"{misfit}: {lost[0]} has no place in it")
 
 
 def is_new(model, adapter: str) -> bool:

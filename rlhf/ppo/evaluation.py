@@ -48,12 +48,11 @@ def evaluate(experience, datasets: dict, prefix: str) -> tuple[dict, list[dict]]
         means = {key: value[: len(own)] for key, value in means.items()}
         for key, value in experience.mean(means, len(dataset)).items():
             metrics[f"{prefix}_{name}_{key}"] = value
-        texts, decode = experience.texts(sampled), experience.tokenizer.decode
-        for i, row, answer, score, *start in zip(
-            own, rows, texts, scores.tolist(), starting_texts, starting_scores.tolist(), strict=False
-        ):
-            sample = {"dataset": name, "prompt": decode(row["prompt_ids"]), "answer": answer, "score": score}
-            samples.append((len(metrics), i, {**sample, "starting_answer": start[0], "starting_score": start[1]}))
+        judged = experience.texts(sampled), scores.tolist(), starting_texts, starting_scores.tolist()
+        for i, row, answer, score, start, start_score in zip(own, rows, *judged, strict=False):
+            prompt = experience.tokenizer.decode(row["prompt_ids"])
+            sample = {"dataset": name, "prompt": prompt, "answer": answer, "score": score}
+            samples.append((len(metrics), i, {**sample, "starting_answer": start, "starting_score": start_score}))
     return metrics, [sample for *_, sample in sorted(gather_object(samples), key=lambda sample: sample[:2])]
 
 
@@ -88,12 +87,11 @@ class Collapse(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "objective/kl" not in logs:
             return
-        shown = {
-            "entropy": (logs["policy/entropy_avg"], logs["policy/entropy_avg"] < self.LEAST_ENTROPY),
-            "kl": (logs["objective/kl"], logs["objective/kl"] > self.MOST_KL),
-        }
-        turn = {"entropy": "raise --kl_coef or --entropy_coef", "kl": "raise --kl_coef, or try --adaptive_kl_target 6"}
-        for name, (value, bad) in shown.items():
+        entropy, kl = logs["policy/entropy_avg"], logs["objective/kl"]
+        for name, value, bad, turn in (
+            ("entropy", entropy, entropy < self.LEAST_ENTROPY, "raise --kl_coef or --entropy_coef"),
+            ("kl", kl, kl > self.MOST_KL, "raise --kl_coef, or try --adaptive_kl_target 6"),
+        ):
             self.seen[name] = self.seen[name] + 1 if bad else 0
             if self.seen[name] == self.ROWS and state.is_world_process_zero:
-                tqdm.write(f"the policy has collapsed ({name} {value:.3g}): stop, {turn[name]}, lower --learning_rate")
+                tqdm.write(f"the policy has collapsed ({name} {value:.3g}): stop, {turn}, lower --learning_rate")

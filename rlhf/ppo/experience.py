@@ -26,7 +26,7 @@ class Experience:
         self.ppo, self.accelerator, self.tokenizer = trainer.ppo, trainer.accelerator, trainer.processing_class
         self.starting_answers = {}  # of the reference to held-out prompts: evaluation.py
         self.device, self.pad_id = trainer.args.device, self.tokenizer.pad_token_id
-        self.stop_ids = stop_ids(self.model.policy, self.tokenizer) | ({self.ppo.stop_token_id} - {None})
+        self.stop_ids = {*stop_ids(self.model.policy, self.tokenizer), self.ppo.stop_token_id} - {None}
 
     @property
     def model(self):

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from merge_peft_adapter import main, make_parser
-from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer, resolve_adapters
-from rlhf.models.rollout import generate, read_answers, score
+from rlhf.models.loading import load_frozen_policy, load_tokenizer, resolve_adapters
+from rlhf.models.rewards import load_reward
+from rlhf.models.rollout import generate, read_answers
 from rlhf.user_error import UserError
 from tests.conftest import make_tokenizer, run_script
 
@@ -196,16 +197,16 @@ def test_a_merge_that_rounds_its_weights_proves_itself_too(stages, tmp_path):
 
 def test_scores_and_logprobs_do_not_depend_on_batch_or_padding_side(stages):
     tokenizer = load_tokenizer(stages["sft"])
-    reward, policy = load_reward_model(stages["reward"], tokenizer), load_frozen_policy(stages["ppo"], tokenizer)
+    reward, policy = load_reward(stages["reward"]), load_frozen_policy(stages["ppo"], tokenizer)
     pad, rows = tokenizer.pad_token_id, [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22], [30, 31, 32, 33, 34]]
-    alone = torch.cat([score(reward, [row], pad) for row in rows])
-    torch.testing.assert_close(score(reward, rows, pad), alone, atol=1e-5, rtol=1e-4)
+    alone = torch.cat([reward.score_tokens([row]) for row in rows])
+    torch.testing.assert_close(reward.score_tokens(rows), alone, atol=1e-5, rtol=1e-4)
     for side in ("right", "left"):  # as any user of transformers would score
         batch = tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
         if side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            torch.testing.assert_close(reward(**batch).logits[:, 0].float(), alone, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(reward.model(**batch).logits[:, 0].float(), alone, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         together = read_answers(policy, rows, [row[::-1] for row in rows], pad, 1.0)[0]
         for i, row in enumerate(rows):

@@ -7,6 +7,7 @@ from rlhf.models.loading import load_tokenizer, read_tokenizer
 from rlhf.models.rendering import (
     Unrenderable,
     encode_demonstration,
+    encode_demonstrations,
     encode_dialogue,
     encode_preference,
     encode_prompt,
@@ -14,8 +15,8 @@ from rlhf.models.rendering import (
     render,
     shorten_prompt,
     token_ids,
-    tokenize,
 )
+from rlhf.models.tokenizing import tokenize
 from rlhf.user_error import UserError
 
 CHATML = (
@@ -92,6 +93,7 @@ def test_chatml_on_a_base_makes_its_end_of_turn_the_eos(base):
     ("template", "says"),
     [
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "end-of-turn"),
+        ("{# nothing #}", "end-of-turn"),
         (
             "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
             "cannot be trained on",
@@ -146,10 +148,10 @@ def test_rows_that_cannot_be_trained_on_are_dropped_and_counted(tokenizer):
             {"prompt": [user("Hi")], "completion": [assistant("so on " * 100)]},
         ]
     )
-    kept, counts = tokenize(rows, encode_demonstration, tokenizer, "train", max_length=48)
+    kept, counts = tokenize(rows, encode_demonstrations, tokenizer, max_length=48)
     assert len(kept) == counts["kept"] == 1 and counts["dropped"] == {"answer alone is longer than max_length": 1}
     with pytest.raises(UserError, match="no row of train"):
-        tokenize(rows.select([1]), encode_demonstration, tokenizer, "train", max_length=48)
+        tokenize(rows.select([1]), encode_demonstrations, tokenizer, max_length=48)
 
 
 def test_equal_answers_are_no_preference(tokenizer):

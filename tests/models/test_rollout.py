@@ -10,8 +10,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Lfm2Config, Lfm2ForCau
 from rlhf.models import fast_linear, rollout, token_logprobs
 from rlhf.models.fast_linear import use_fast_linear
 from rlhf.models.flat_rows import is_flat, use_flat_rows
-from rlhf.models.loading import load_frozen_policy, load_reward_model, load_tokenizer
-from rlhf.models.rollout import draw, generate, last_states, logits_of, read_answers, score
+from rlhf.models.loading import load_frozen_policy, load_tokenizer
+from rlhf.models.rewards import load_reward
+from rlhf.models.rollout import draw, generate, last_states, logits_of, read_answers
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +62,21 @@ def test_answers_are_read_as_a_plain_forward_pass_would(policy):
 
 def test_scores_do_not_depend_on_padding_and_are_read_at_the_eos(saved, policy):
     _, tokenizer = policy
-    reward_model = load_reward_model(saved["reward"], tokenizer)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    reward = load_reward(saved["reward"])
+    eos = tokenizer.eos_token_id
     rows = [[5, 6, eos], [7, eos], [8, 9, 10, 11, eos]]
-    together = score(reward_model, rows, pad)
-    alone = torch.cat([score(reward_model, [row], pad) for row in rows])
+    together = reward.score_tokens(rows)
+    alone = torch.cat([reward.score_tokens([row]) for row in rows])
     torch.testing.assert_close(together, alone)
     with torch.no_grad():  # what any other library computes with the same folder, on either padding side
         for side in ("right", "left"):
             tokenizer.padding_side = side
             batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
             positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            theirs = reward_model(**batch, position_ids=positions).logits[:, 0]
+            theirs = reward.model(**batch, position_ids=positions).logits[:, 0]
             torch.testing.assert_close(theirs, together)
     tokenizer.padding_side = "right"
-    assert not torch.allclose(score(reward_model, [[5, 6]], pad), together[:1])
+    assert not torch.allclose(reward.score_tokens([[5, 6]]), together[:1])
 
 
 def test_flat_rows_give_what_padded_rows_give(policy):

@@ -12,11 +12,11 @@ from rlhf.models.rendering import (
     encode_demonstration,
     encode_preference,
     encode_prompt,
-    encode_rows,
     install_template,
     set_system_prompt,
 )
 from rlhf.models.templates import patterns, render, split_template
+from rlhf.models.tokenizing import encode_rows
 from rlhf.user_error import UserError
 from tests.conftest import run_script
 

@@ -262,7 +262,7 @@ HOSTILE = {
     "takes more than .* s": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "takes more than .* GiB": "{{ 'a' * 20000000000 }}",
     "takes more than": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "20,000,.* characters": "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ 'a' * 20000000 }}",
+    "2,000,.* characters": "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{{ 'a' * 2000000 }}",
     "maximum recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "division by zero": "{{ 1 / 0 }}",
     "Expected an expression": "{% if %}",

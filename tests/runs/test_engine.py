@@ -242,10 +242,11 @@ def test_a_model_that_is_trained_whole_is_found_whole(script, base, data, tmp_pa
 
 def test_a_model_in_training_scores_as_one_that_is_loaded(saved, data, base):
     """What processes read in shares, in the order of length and with padding, is what a row has by itself."""
-    from rlhf.models.rollout import score
+    from rlhf.models.rewards import load_reward
     from rlhf.runs.trainers import CheckedRewardTrainer
 
-    tokenizer, model = load_tokenizer(saved["reward"]), load_reward_model(saved["reward"])
+    tokenizer = load_tokenizer(saved["reward"])
+    model = load_reward_model(saved["reward"], tokenizer)
     rows = [[5, 6, 7, 0], [9] * 30 + [0], [8, 0], [5, 5, 0], [1, 2, 3, 4, 0]]
     alone = SimpleNamespace(
         args=SimpleNamespace(world_size=1, process_index=0, per_device_eval_batch_size=2, device="cpu"),
@@ -254,7 +255,7 @@ def test_a_model_in_training_scores_as_one_that_is_loaded(saved, data, base):
         model_wrapped=model,
         processing_class=tokenizer,
     )
-    expected = score(model, rows, tokenizer.pad_token_id)
+    expected = load_reward(saved["reward"]).score_tokens(rows)
     torch.testing.assert_close(CheckedRewardTrainer.score(alone, rows), expected, rtol=0, atol=1e-6)
     shares = []
     for rank in range(2):  # of which the last row is read by both
