@@ -13,7 +13,7 @@ def visible(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake of the user's: the scripts print it as one to three lines and exit with code 2."""
+    """A mistake of the user's: the scripts print it, one to three lines a mistake, and exit with code 2."""
 
 
 def mistake(error: UserError) -> int:
@@ -76,12 +76,19 @@ def number(kind=int, least=0, most=float("inf")):
     return read
 
 
+def only_local(name: str) -> bool:
+    """Whether a model's name can only be a path: a hub id has one slash, and no folder of its owner's is here."""
+    slashes = name.count("/")
+    beside = slashes == 1 and os.path.isdir(os.path.dirname(name))
+    return name.startswith((".", "/", "~")) or slashes > 1 or name.endswith(("/", ".py")) or beside
+
+
 def missing_path(name: str, value: str | None) -> None:
-    """Raises a UserError for what can only be a path, and is not there; a hub id has at most one slash."""
+    """Raises a UserError for what can only be a path, and is not there."""
     path = re.sub(r"(\.py):\w+$", r"\1", value or "")
     if path.lower() in ("", "true", "false") or os.path.exists(os.path.expanduser(path)):
         return
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(("/", ".py")) or "resume" in name:
+    if only_local(path) or "resume" in name:
         raise UserError(f"--{name} {value[:150]}: there is no such file or folder")
 
 

@@ -61,6 +61,13 @@ def test_a_whole_model_is_not_called_an_adapter(base, data, tmp_path, capsys):
     assert "library_name: transformers" in (folder / "README.md").read_text()
 
 
+def test_a_set_that_has_no_rows_of_its_own_is_left_out_with_a_line(base, data, tmp_path, capsys):
+    copy = shutil.copy(data, tmp_path / "copy.jsonl")
+    flags = {"model_name_or_path": base, "dataset_names": f"{data},{copy}", "output_dir": tmp_path / "run"}
+    run_script("sft_training", dry_run=True, **flags)
+    assert "plan: " in (said := capsys.readouterr().out) and "copy" in said
+
+
 def test_training_on_from_a_base_that_changed_since_is_refused(saved, base, data, tmp_path):
     adapter, moved = shutil.copytree(saved["sft"], tmp_path / "sft"), shutil.copytree(base, tmp_path / "base")
     config = json.loads((adapter / "adapter_config.json").read_text())

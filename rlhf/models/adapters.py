@@ -15,7 +15,7 @@ from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from rlhf.models.fingerprints import weights_sha256
 from rlhf.models.shards import part_of, shape_of
-from rlhf.user_error import UserError
+from rlhf.user_error import UserError, only_local
 
 IF_THERE = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 FULL_PRECISION = (
@@ -54,12 +54,10 @@ def resolve_adapters(name: str, moved: bool = False) -> tuple[str, list[str]]:
     """
     adapters = []
     while True:
-        path = Path(name)
-        # what cannot be a hub id, or lies beside other folders of ours, need not be asked of the hub
-        local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2 or path.parent.is_dir()
-        if moved and adapters and not path.is_dir() and (local or not name):
+        gone = only_local(name) and not Path(name).is_dir()  # the hub need not be asked
+        if moved and adapters and (gone or not name):
             return name, adapters
-        if "/" in name and local and not path.is_dir():
+        if gone:
             needs = f", the base of {adapters[-1]}" if adapters else ""
             raise UserError(f"{name}{needs}: no such model folder")
         with explain_load(name):

@@ -55,7 +55,8 @@ def flat_attention(
         return on_gpu(query, key, value, row_lengths, sliding_window, scaling), None
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
     near = sliding_window is None or max(row_lengths) <= sliding_window
-    if causal and near and query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]:
+    whole = query.dtype == key.dtype == value.dtype == torch.float32  # autocast may have left some so
+    if causal and near and whole and query.shape[-1] == value.shape[-1]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return RowAttention.apply(query, key, value, row_lengths, scaling, dropout), None
     outputs = []

@@ -99,7 +99,9 @@ def tokenize(dataset, encode, tokenizer, **options):
 
 
 def told(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in Counter(dropped).most_common())
+    return ", ".join(
+        f"{reason} ({count:,} row{'s' * (count > 1)})" for reason, count in Counter(dropped).most_common()
+    )
 
 
 def tokenize_all(train, evals: dict, data: dict, encode, tokenizer, *, max_bad_percentage, evaluate: bool, **options):
@@ -115,7 +117,7 @@ def tokenize_all(train, evals: dict, data: dict, encode, tokenizer, *, max_bad_p
     for label, entry in data["datasets"].items():
         dropped = data["tokenized"]["dropped_of"].get(label, {})
         bad = sum(count for reason, count in dropped.items() if reason != SAME)
-        if 100 * (bad / entry["kept"] + entry["bad"] / entry["read"]) > max_bad_percentage and bad:
+        if bad and 100 * (bad / entry["kept"] + entry["bad"] / entry["read"]) > max_bad_percentage:
             raise UserError(
                 f"{label}: {bad:,} of {entry['kept']:,} rows cannot be rendered: {told(dropped)}\n{WHAT_TO_DO}, "
                 f"or let more than {max_bad_percentage:g} % of broken rows pass with --max_bad_percentage"

@@ -250,5 +250,10 @@ def _stage(script: str, now: dict, values: dict):
                 yield f"--{name}_strategy epoch: PPO counts updates, see --{name}_steps"
         if now["target_kl"] is not None and now["fp16"]:
             yield "--target_kl leaves out steps, which fp16's loss scaling does not allow: --fp16 false"
+        if (now["target_kl"] or 0) > 1:
+            yield (
+                f"--target_kl {now['target_kl']:g} ends an update whose steps went that far, which is nearly never\n"
+                "  to hold the policy near its start: --adaptive_kl_target; to end updates early: --target_kl 0.05"
+            )
         if "total_episodes" in values and "max_steps" in values:
             yield "--total_episodes and --max_steps both say when to stop: leave one out"

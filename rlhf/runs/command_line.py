@@ -146,7 +146,15 @@ class StageParser:
         self.flags, self.others, self.schedulers = description.read(self.script)
         self.flags |= {name: {**self.flags[name], "default": value} for name, value in self.stage_defaults.items()}
         self.aliases = {alias: name for name, flag in self.flags.items() for alias in flag.get("aliases", ())}
-        given, values, typed = split(args), {}, set()
+        given, values, typed, mistakes = split(args), {}, set(), []
+
+        def take(*flag) -> dict:
+            try:
+                return self.one(*flag)
+            except UserError as mistake:  # all of them are said at once: another system's file has a dozen
+                mistakes.append(str(mistake))
+                return {}
+
         if {"help", "help_all", "h"} & {name for name, _ in given}:
             end_quietly()
             print(self.help(everything=any(name == "help_all" for name, _ in given)))
@@ -156,11 +164,13 @@ class StageParser:
                 raise UserError("--config: name one or more YAML files")
             for path in paths if name == "config" else ():
                 for key, value, where in read_yaml(path):
-                    values |= self.one(key, value, f"{where}: {key}", f"{where}: unknown key")
+                    values |= take(key, value, f"{where}: {key}", f"{where}: unknown key")
         for name, texts in given:
             if name != "config":
-                values |= (found := self.one(name, texts, f"--{name}", "unknown flag"))
+                values |= (found := take(name, texts, f"--{name}", "unknown flag"))
                 typed |= found.keys()
+        if mistakes:
+            raise UserError("\n".join(mistakes))
         if (folder := values.get("output_dir")) and folder.strip("/"):
             values["output_dir"] = folder.rstrip("/")  # or the next stage's folder, named after it, would lie inside
         if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):

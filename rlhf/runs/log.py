@@ -93,7 +93,7 @@ class Progress(TrainerCallback):
                     text = f"{key.removeprefix('eval_').removeprefix('objective/')} {value:.4g}"
                     shown.append(text + error_of(named, key))
         if any(key.startswith("eval_") for key in named):
-            self.bar.write(f"step {state.global_step}, held out: {', '.join(shown[:4])}")
+            self.bar.write(f"step {state.global_step} of {state.max_steps}, held out: {', '.join(shown[:4])}")
         elif shown:
             self.bar.set_postfix_str(", ".join(shown[:3]))
 
@@ -112,6 +112,9 @@ class Patience(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
+            if control.should_training_stop and state.is_world_process_zero:
+                count = f"{self.early_stopping_patience} evaluation{'s' * (self.early_stopping_patience > 1)} in a row"
+                tqdm.write(f"stops at step {state.global_step}: {count} without a better {args.metric_for_best_model}")
 
 
 def watch(trainer, patience: int) -> None:

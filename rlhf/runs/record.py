@@ -126,8 +126,14 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     for key in (key for key in first if key.startswith("eval_") and key.endswith(curves)):
         print(f"{key}: {first[key]:.4f} -> {last[key]:.4f}{error_of(last, key)}")
     if run["saved_checkpoint"]:
-        best = f"{training_args.metric_for_best_model} {trainer.state.best_metric:.4f}"
-        print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {best}")
+        metric, best = training_args.metric_for_best_model, trainer.state.best_metric
+        print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {metric} {best:.4f}")
+        start, sign = (
+            first.get(f"eval_{metric.removeprefix('eval_')}", best),
+            1 if training_args.greater_is_better else -1,
+        )
+        if sign * start > sign * best:
+            print(f"but the model that it started from was better: {start:.4f}; a lower --learning_rate may help")
     print(f"saved in {folder}{'; next:' if then else ''}")
     for command in then:
         print(f"  {command}" if command.startswith("python") else f"  accelerate launch {command}")

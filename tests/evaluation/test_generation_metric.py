@@ -75,10 +75,19 @@ def test_the_best_checkpoint_by_rouge_is_what_is_saved(base, data, tmp_path, scr
     assert (tmp_path / "learning_curves.png").exists()
 
 
-def test_patience_ends_the_run(base, data, tmp_path, scripted):
+def test_patience_ends_the_run(base, data, tmp_path, scripted, capsys):
     flags = METRIC | FLAGS | BEST | {"eval_steps": 1, "early_stopping_patience": 1}
     run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=tmp_path, **flags)
     assert [entry["step"] for entry in log(tmp_path) if "loss" in entry] == [1, 2, 3]
+    assert "stops at step 3: 1 evaluation in a row without a better eval_rouge_avg" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_that_is_worse_than_the_start_is_told(base, data, tmp_path, monkeypatch, capsys):
+    values = iter([0.9, 0.2, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(GeneratedRouge, "__call__", lambda self: {"rouge_avg": next(values)})
+    flags = METRIC | FLAGS | BEST | {"eval_steps": 1}
+    run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=tmp_path, **flags)
+    assert "but the model that it started from was better: 0.9000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

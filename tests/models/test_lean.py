@@ -78,6 +78,19 @@ def test_a_lean_model_gives_what_a_padded_one_gives(family, task):
     assert (not flat or torch.equal(before[rest], after[rest])) and not torch.allclose(before[1], after[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_on_a_cpu_computes_what_padding_does(family):
+    """Autocast leaves rotary queries and keys in float32, and values not."""
+    model, batch = model_of(family, AutoModelForSequenceClassification, "SEQ_CLS"), padded_batch()
+    lean = copy.deepcopy(model)
+    use_lean(lean, CPU, half=True)
+    assert is_flat(plain(lean))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = (one(**batch).logits for one in (model, lean))
+    ours.sum().backward()
+    torch.testing.assert_close(ours, theirs, atol=0.05 * theirs.abs().max().item(), rtol=0)
+
+
 MOE = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
 MOE |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}

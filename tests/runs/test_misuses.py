@@ -253,6 +253,7 @@ MISUSES = {
         --precompute_ref_batch_size 4 => needs --precompute_ref_log_probs
     """,
     PPO: """
+        --target_kl 6 => --adaptive_kl_target
         --kl_coef -1 => at least 0
         --cliprange -0.2 => above 0
         --cliprange_value 0 => above 0
@@ -302,6 +303,7 @@ MISUSES = {
         stray => unrecognized arguments
     """,
     EVALUATE: """
+        --model_name_or_path gpt2,model/none => --model_name_or_path model/none: there is no such
         --max_eval_samples 0 => give 1 or more
         --max_eval_samples -3 => give 1 or more
         --best_of 0 => give 1 or more
@@ -344,7 +346,7 @@ YAML = {
     "twice.yaml": "seed: 1\nseed: 2\n",
     "null.yaml": "learning_rate:\n",
     "octal.yaml": "seed: 0o10\n",
-    "sections.yaml": "General:\n  base_model: gpt2\n  tokenizer_name: x\nTraining:\n  epochs: 3\n",
+    "sections.yaml": "General:\n  base_model: gpt2\n  tokenizer_name: x\n  epochs: 3\n",
     "section.yaml": "seed:\n  a: 1\n",
     "nested.yaml": "lora_target_modules: [[a], b]\n",
     "refused.yaml": "model_init_kwargs: {dtype: float32}\n",
@@ -395,6 +397,17 @@ def test_a_misuse_is_explained_and_nothing_is_written(script, flags, says, place
     lines = str(caught.value).splitlines()
     assert says in str(caught.value) and 1 <= len(lines) <= 3 and max(map(len, lines)) < 300, str(caught.value)
     assert listing(place) == before
+
+
+def test_all_mistakes_are_said_at_once(place, monkeypatch):
+    """A file of another system has a dozen strange keys."""
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(SFT).make_parser().read(
+            [*typed(SFT, "--config typo.yaml sections.yaml --max_steps x")]
+        )
+    says = ("did you mean lora_alpha", "General: our files are flat", "--max_steps: ")
+    assert all(text in str(caught.value) for text in says)
 
 
 def test_there_are_enough_of_them():
