@@ -1,12 +1,15 @@
 r"""See that it worked: models side by side on held-out prompts, or a reward model on held-out pairs.
 
-    python evaluate_model.py --model_name_or_path=saved/gpt2_medium_ufb_dpo --baseline=saved/gpt2_medium_uc_sft \
-        --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward --dataset_names=ufb \
-        --output_dir=saved/dpo_eval
-    python evaluate_model.py --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward --dataset_names=ufb,hh \
-        --output_dir=saved/reward_eval
-    python evaluate_model.py --model_name_or_path=saved/sft,saved/dpo --reward_model_name_or_path=my_rewards.py:short \
-        --best_of=8 --dataset_names=my_pairs.jsonl --output_dir=saved/best_of_8
+    python evaluate_model.py --model_name_or_path=saved/gpt2_medium_ufb_dpo \
+        --baseline=saved/gpt2_medium_uc_sft \
+        --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward \
+        --dataset_names=ufb --output_dir=saved/dpo_eval
+    python evaluate_model.py \
+        --reward_model_name_or_path=saved/gpt2_large_uc_ufb_hh_shp_reward \
+        --dataset_names=ufb,hh --output_dir=saved/reward_eval
+    python evaluate_model.py --model_name_or_path=saved/sft,saved/dpo \
+        --reward_model_name_or_path=my_rewards.py:short --best_of=8 \
+        --dataset_names=my_pairs.jsonl --output_dir=saved/best_of_8
 
 Reads models (hub ids, model or adapter folders, several separated by commas), judges (reward models, or functions as
 in `my_rewards.py:short`; the first picks the best of several samples) and the rows that training on the same names

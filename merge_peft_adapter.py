@@ -1,9 +1,12 @@
-"""Merge a LoRA adapter into its base: a plain model folder that any library loads, proven equal before it is kept.
+r"""Merge a LoRA adapter into its base: a plain model folder that any library loads, proven equal before it is kept.
 
-    python merge_peft_adapter.py --base_model_name=gpt2-medium --adapter_model_name=saved/gpt2_medium_ufb_dpo \
+    python merge_peft_adapter.py --base_model_name=gpt2-medium \
+        --adapter_model_name=saved/gpt2_medium_ufb_dpo \
         --output_name=saved/gpt2_medium_uc_ufb_merged
-    python merge_peft_adapter.py --adapter_model_name=saved/reward --output_name=saved/reward_merged --dtype=bfloat16
-    python merge_peft_adapter.py --adapter_model_name=saved/a,saved/b --weights=0.5,0.5 --output_name=saved/a_and_b
+    python merge_peft_adapter.py --adapter_model_name=saved/reward \
+        --output_name=saved/reward_merged --dtype=bfloat16
+    python merge_peft_adapter.py --adapter_model_name=saved/a,saved/b \
+        --weights=0.5,0.5 --output_name=saved/a_and_b
 
 Reads an adapter folder and the base that it names: `--base_model_name` may be left out; a copy of that base is taken
 and another model refused. A chain of adapters is merged from the base up. Writes the model, with a reward model's
@@ -145,6 +148,8 @@ def check_given(args, names: list[str], output: Path) -> None:
             raise UserError(f"{output} was not written by this script, so --overwrite does not replace it")
     if len(names) != len(args.weights or names[:1]):
         raise UserError(f"--adapter_model_name has {len(names)} adapters: give as many --weights, like 0.5,0.5")
+    if args.weights and not any(args.weights):
+        raise UserError("--weights: all are 0, so that nothing would be merged")
     missing_path("base_model_name", args.base_model_name)
     for name in names:
         missing_path("adapter_model_name", name)
@@ -230,7 +235,9 @@ def main(args):
         raise UserError(f"cannot write {output}: {reason}") from reason
     print(f"{output}: {base} + {' + '.join(adapters)}, {dtype}")
     print(f"largest |logit difference| to the adapter model: {error:.2e} (and of that to its base: {effect:.2e})")
-    if error > effect / 10:
+    if not effect:
+        print("nothing that was looked at differs from the base: was this adapter trained?")
+    elif error > effect / 10:
         print(f"{dtype} rounds away a good part of what was learned: --dtype=float32 keeps it")
     if is_reward:
         print("next: give it to ppo_training.py as --reward_model_name_or_path")

@@ -1,8 +1,9 @@
-"""Datasets for every stage: `load_datasets` turns names into rows, and this command shows what they will be.
+r"""Datasets for every stage: `load_datasets` turns names into rows, and this command shows what they will be.
 
     python prepare_data.py --list
     python prepare_data.py --dataset_names uc:0.1,hh --task sft --count
-    python prepare_data.py --dataset_names my_pairs.jsonl.gz --task preference --output_dir saved/pairs
+    python prepare_data.py --dataset_names my_pairs.jsonl.gz --task preference \
+        --output_dir saved/pairs
 
 Reads the hub's datasets by their short names below (or by any id), local files and folders. Writes nothing, or
 train.jsonl and test.jsonl into --output_dir, which `load_dataset` and every script here read back.
@@ -12,6 +13,7 @@ Watch: the reasons for which rows are dropped. To add a dataset, add a function 
 import html
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,8 +243,9 @@ def demo(row) -> Iterator[Demonstration | Preference]:
 
 def export(train, evals: dict, folder: Path):
     """Writes train.jsonl, and test.jsonl with all evaluation rows, which `load_dataset(folder)` reads back."""
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets, disable_progress_bars
 
+    disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     sides = {"train": train} | ({"test": concatenate_datasets(list(evals.values()))} if evals else {})
     for side, rows in sides.items():
@@ -257,7 +260,10 @@ def listing() -> str:
     for name, entry in DATASETS.items():
         tasks = " ".join(task for task in SERVES if kind_for(task, kinds_of(entry.convert)))
         source = entry.path if isinstance(entry.path, str) else "made here"
-        lines.append(f"{name:<16}{tasks:<24}{source}\n    {inspect.getdoc(entry.convert)}")
+        about = textwrap.fill(
+            inspect.getdoc(entry.convert), 80, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+        lines.append(f"{name:<16}{tasks:<24}{source}\n{about}")
     return "\n".join(lines)
 
 
@@ -343,7 +349,7 @@ def main(args):
             print(preview(train, args.preview))
     if args.output_dir:
         export(train, evals, args.output_dir)
-        print(f"wrote {args.output_dir}")
+        print(f"wrote {args.output_dir}; to train on it: --dataset_names={args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 
@@ -46,9 +47,10 @@ class ToolParser(argparse.ArgumentParser):
     """argparse made strict: no abbreviations, and a mistake is a UserError."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        parts = description.strip().split("\n\n")  # commands, which are indented, stay as they are
+        description = "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, 80) for part in parts)
+        formatter, usage = argparse.RawDescriptionHelpFormatter, "python %(prog)s [--flag value ...]"
+        super().__init__(usage=usage, description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)

@@ -254,7 +254,7 @@ def describe(report: dict) -> str:
 
 def reasons_of(entry: dict) -> list[str]:
     """Indented lines that say where the rows went, the most frequent reason first."""
-    lines = [("further rows of the same raw rows", {"": entry["extra"]})] if entry["extra"] else []
+    lines = [("further rows, where a raw row gives several", {"": entry["extra"]})] if entry["extra"] else []
     lines += [(name.replace("_", " "), entry[name]) for name in ("set_aside", "dropped") if entry[name]]
     texts = []
     for name, counts in lines:

@@ -45,14 +45,17 @@ def between(found) -> str:
     return "-" if found is None else f"{number(found['mean'])} ({number(found['low'])} to {number(found['high'])})"
 
 
-def share(found) -> str:
-    """A share of rows with its interval: `62% (55-69)`."""
-    return "-" if found is None else f"{percent(found['mean'])} ({100 * found['low']:.0f}-{100 * found['high']:.0f})"
+def share(found, most: int = 0) -> str:
+    """A share of rows with its interval: `62% (55-69)`; and of how many, where they are less than `most`."""
+    if found is None:
+        return "-"
+    few = f" of {found['rows']}" if found["rows"] < most else ""
+    return f"{percent(found['mean'])} ({100 * found['low']:.0f}-{100 * found['high']:.0f}){few}"
 
 
 def model_tables(report, group: str) -> list[tuple[str, list[dict]]]:
     """What is known of the models on one dataset."""
-    figures, baseline = report["groups"][group], report["baseline"]
+    figures, baseline, most = report["groups"][group], report["baseline"], report["prompts"][group]
     tables = []
     for judge in report["judges"]:
         rows = []
@@ -62,8 +65,8 @@ def model_tables(report, group: str) -> list[tuple[str, list[dict]]]:
                 {
                     "model": label,
                     "score": between(judged["score"]),
-                    f"wins against {baseline}": share(judged["against_baseline"] if label != baseline else None),
-                    "wins against data": share(judged["against_data"] if label != "data" else None),
+                    f"wins against {baseline}": share(judged["against_baseline"] if label != baseline else None, most),
+                    "wins against data": share(judged["against_data"] if label != "data" else None, most),
                 }
             )
         tables.append((f"by {judge}", without_empty(rows)))

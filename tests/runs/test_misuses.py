@@ -288,6 +288,7 @@ MISUSES = {
         --target_kl 0.1 --fp16 true => --fp16 false
     """,
     MERGE: """
+        --adapter_model_name a,b --weights 0,0 => all are 0
         --adapter_modle_name x => did you mean --adapter_model_name?
         --adapter_model_name ./nowhere => there is no such
         --base_model_name /no/such/base => there is no such
