@@ -214,6 +214,7 @@ def growth(folder: Path, args) -> list[dict]:
         out = folder / f"growth_{count}"
         command = command_of(folder, "sft", "ours", out, 0, args)
         command[command.index("--dataset_names") + 1] = folder / f"{count}.jsonl"
+        command += ["--max_bad_percentage", 100]  # to a tokenizer of other rows, many of these are too long
         _, found = watched(command, folder)
         entries = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
         tokens = max(entry.get("num_tokens", 0) for entry in entries)
