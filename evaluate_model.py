@@ -212,6 +212,8 @@ def answer_all(args, columns: dict[str, tuple[str, dict]], rows: list[dict], fol
         if refused:
             print(f"{label}: prompts left out: {refused}")
         able = [i for i in able if all(made[i] for made in answers.values())]  # the baseline, too: it comes first
+        if not able:
+            raise UserError(f"no prompt is left that {name} and those before it can read")
         firsts = [answers[label][i][0] for i in able]
         found = measure(model, baseline, [rows[i] for i in able], firsts, setting["temperature"] or 1.0, **size)
         found = dict(zip(able, found, strict=True))

@@ -19,9 +19,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils import find_adapter_config_file
 
 import merge_peft_adapter
 from merge_peft_adapter import main, make_parser
+from rlhf.models import adapters
 from rlhf.models.loading import (
     load_frozen_policy,
     load_policy,
@@ -422,10 +424,17 @@ def test_a_broken_or_headless_base_is_refused(base, tmp_path, spoil):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_base_that_moved_is_known_and_one_that_changed_is_refused(saved, base, tmp_path):
+def test_a_base_that_moved_is_known_and_one_that_changed_is_refused(saved, base, tmp_path, monkeypatch):
     adapter, moved = shutil.copytree(saved["sft"], tmp_path / "adapter"), shutil.copytree(base, tmp_path / "moved")
-    name_base(adapter, "/nowhere/base")
-    merge(base_model_name=moved, adapter_model_name=adapter, output_name=tmp_path / "merged")
+
+    def not_of_the_hub(name, **kwargs):
+        assert Path(name).exists(), f"the hub is asked for {name}"
+        return find_adapter_config_file(name, **kwargs)
+
+    monkeypatch.setattr(adapters, "find_adapter_config_file", not_of_the_hub)
+    for name in ("/nowhere/base", "nowhere"):
+        name_base(adapter, name)
+        merge(base_model_name=moved, adapter_model_name=adapter, output_name=tmp_path / f"merged{len(name)}")
     name_base(adapter, moved)
     weights = load_file(moved / "model.safetensors")
     weights["transformer.wte.weight"][7, 3] += 1e-3

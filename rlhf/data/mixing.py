@@ -134,7 +134,8 @@ def add_evaluation(evals: dict, report: dict, rows: Part, names: list[Name], max
         evals[label] = rows.rows.select_columns(columns).select(rows.index)
     else:
         report["notes"].append(
-            f"{label}: no prompt was held out; raise --validation_split_percentage to evaluate on it"
+            f"{label}: no prompt is held out to evaluate on (a set without a test split holds out more by a larger"
+            " --validation_split_percentage)"
         )
 
 

@@ -54,10 +54,10 @@ def resolve_adapters(name: str, moved: bool = False) -> tuple[str, list[str]]:
     """
     adapters = []
     while True:
-        gone = only_local(name) and not Path(name).is_dir()  # the hub need not be asked
-        if moved and adapters and (gone or not name):
+        gone = not Path(name).is_dir()
+        if moved and adapters and gone and (only_local(name) or "/" not in name):
             return name, adapters
-        if gone:
+        if gone and only_local(name):  # the hub need not be asked
             needs = f", the base of {adapters[-1]}" if adapters else ""
             raise UserError(f"{name}{needs}: no such model folder")
         with explain_load(name):

@@ -13,8 +13,8 @@ from rlhf.processes import first_here_first
 from rlhf.user_error import UserError
 
 WHAT_TO_DO = (
-    "  where rows are too long raise --max_length (a model's positions are its end), else mend the rows;"
-    " prepare_data.py --preview shows them"
+    "  where rows are too long, raise --max_length (at most the model's positions; in PPO lower --response_length),"
+    " else mend the rows; prepare_data.py --preview shows them"
 )
 # What stands for a dropped row in the columns of its encoder; of the right type, should a whole batch be dropped.
 DROPPED = {

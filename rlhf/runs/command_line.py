@@ -170,7 +170,8 @@ class StageParser:
                 values |= (found := take(name, texts, f"--{name}", "unknown flag"))
                 typed |= found.keys()
         if mistakes:
-            raise UserError("\n".join(mistakes))
+            more = [f"and {len(mistakes) - 20} more"] if len(mistakes) > 20 else []
+            raise UserError("\n".join([*mistakes[:20], *more]))
         if (folder := values.get("output_dir")) and folder.strip("/"):
             values["output_dir"] = folder.rstrip("/")  # or the next stage's folder, named after it, would lie inside
         if values.get("load_best_model_at_end") and not {"save_strategy", "save_steps"} & set(values):
@@ -187,10 +188,11 @@ class StageParser:
         positive = key.removeprefix("no_")
         if key not in self.flags and self.flags.get(positive, {}).get("no"):
             return {positive: not convert({**self.flags[positive], "name": key}, given, where)}
-        if key not in self.flags and isinstance(given, dict) and key not in RENAMED and key not in NO_SUCH:
-            raise UserError(f"{strange} {name}: our files are flat, without sections{self.inside(given)}")
         if key not in self.flags:
-            raise UserError(f"{strange} {name[:60]}: {unknown(key, self.flags, self.others)}")
+            section, known = isinstance(given, dict), key in RENAMED or key in NO_SUCH
+            flat = "our files are flat, without sections"
+            says = flat if section and not known else unknown(key, self.flags, self.others)
+            raise UserError(f"{strange} {name[:60]}: {says}{self.inside(given) if section else ''}")
         return {key: convert(self.flags[key], given, where)}
 
     def inside(self, section: dict) -> str:

@@ -1,6 +1,6 @@
 """One table of flags: what each does here, which values it takes, what others call it.
 
-A flag of the libraries that is not read yet is an error of tests/runs/test_flags.py: a new version's has to be first.
+A flag of the libraries that nobody has read is an error of tests/runs/test_flags.py: a new version's is read first.
 """
 
 SFT, REWARD, DPO, PPO = "sft_training", "reward_modeling", "dpo_training", "ppo_training"

@@ -112,7 +112,8 @@ class Patience(EarlyStoppingCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
-            if control.should_training_stop and state.is_world_process_zero:
+            worse = self.early_stopping_patience_counter >= self.early_stopping_patience
+            if worse and state.is_world_process_zero:
                 count = f"{self.early_stopping_patience} evaluation{'s' * (self.early_stopping_patience > 1)} in a row"
                 tqdm.write(f"stops at step {state.global_step}: {count} without a better {args.metric_for_best_model}")
 

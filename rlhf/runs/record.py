@@ -128,11 +128,8 @@ def leave_record(trainer, arguments, data, then: list[str]) -> None:
     if run["saved_checkpoint"]:
         metric, best = training_args.metric_for_best_model, trainer.state.best_metric
         print(f"the best is saved: {Path(run['saved_checkpoint']).name}, {metric} {best:.4f}")
-        start, sign = (
-            first.get(f"eval_{metric.removeprefix('eval_')}", best),
-            1 if training_args.greater_is_better else -1,
-        )
-        if sign * start > sign * best:
+        start = first.get(f"eval_{metric.removeprefix('eval_')}", best)
+        if start > best if training_args.greater_is_better else start < best:
             print(f"but the model that it started from was better: {start:.4f}; a lower --learning_rate may help")
     print(f"saved in {folder}{'; next:' if then else ''}")
     for command in then:

@@ -60,7 +60,7 @@ TODAY = {
     "--per_device_eval_batch_size": "per_gpu_eval_batch_size eval_batch_size",
     "--per_device_train_batch_size (PPO's answers an update: that x accumulation x processes)": "batch_size",
     "--per_device_train_batch_size x --gradient_accumulation_steps x processes": "num_rollouts",
-    "that batch divided by --num_mini_batches": "mini_batch_size",
+    "--num_mini_batches (an update's batch is divided by it)": "mini_batch_size",
     "--gradient_accumulation_steps": "ppo_buffer_size",
     "--gradient_checkpointing": "enable_gradient_checkpointing",
     "--no_gradient_checkpointing": "disable_gradient_checkpointing",

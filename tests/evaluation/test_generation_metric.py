@@ -61,7 +61,7 @@ BEST = {"metric_for_best_model": "eval_rouge_avg", "load_best_model_at_end": Tru
 
 
 def test_the_best_checkpoint_by_rouge_is_what_is_saved(base, data, tmp_path, scripted, capsys):
-    flags = METRIC | FLAGS | BEST | {"eval_steps": 1}
+    flags = METRIC | FLAGS | BEST | {"eval_steps": 1, "early_stopping_patience": 3}
     run_script("sft_training", model_name_or_path=base, dataset_names=data, output_dir=tmp_path, **flags)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     saved, best, other = (
@@ -70,7 +70,8 @@ def test_the_best_checkpoint_by_rouge_is_what_is_saved(base, data, tmp_path, scr
     )
     assert all(torch.equal(saved[key], best[key]) for key in saved)
     assert any(not torch.equal(saved[key], other[key]) for key in saved)
-    assert "the best is saved: checkpoint-2, eval_rouge_avg 0.9000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the best is saved: checkpoint-2, eval_rouge_avg 0.9000" in said and "stops at step" not in said
     assert [entry["step"] for entry in log(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
     assert (tmp_path / "learning_curves.png").exists()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.models.rendering import encode_preference
 from rlhf.models.rewards import load_reward
 from rlhf.user_error import UserError
@@ -37,7 +37,10 @@ def test_text_is_scored_as_the_pairs_that_it_was_trained_on(saved):
     pairs = zip(PROMPTS, answers, answers[1:] + answers[:1], strict=True)
     rows = [encode_preference({"prompt": p, "chosen": c, "rejected": r}, reward.tokenizer, 128) for p, c, r in pairs]
     ids = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
-    torch.testing.assert_close(reward(PROMPTS, ANSWERS, [True] * 3), reward.score_tokens(ids))
+    scores = reward(PROMPTS, ANSWERS, [True] * 3)
+    torch.testing.assert_close(scores, reward.score_tokens(ids))
+    model = load_reward_model(saved["reward"], reward.tokenizer)  # by transformers' own forward, a row at a time
+    torch.testing.assert_close(scores, torch.cat([model(torch.tensor([row])).logits[:, 0] for row in ids]).detach())
     # one that did not end is read at its last token
     unfinished = reward.score_tokens([row[:-1] for row in ids])
     torch.testing.assert_close(reward(PROMPTS, ANSWERS, [False] * 3), unfinished)

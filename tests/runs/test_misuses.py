@@ -203,6 +203,7 @@ MISUSES = {
         --config => name one or more YAML files
         --config nowhere.yaml => --config nowhere.yaml: No such file
         --config . => --config .
+        --config model.yaml => lora_rank -> --lora_r
         --config list.yaml => `flag: value` lines
         --config broken.yaml => broken.yaml:2: no YAML
         --config latin.yaml => UTF-8
@@ -348,6 +349,7 @@ YAML = {
     "null.yaml": "learning_rate:\n",
     "octal.yaml": "seed: 0o10\n",
     "sections.yaml": "General:\n  base_model: gpt2\n  tokenizer_name: x\n  epochs: 3\n",
+    "model.yaml": "model:\n  lora_rank: 8\n",
     "section.yaml": "seed:\n  a: 1\n",
     "nested.yaml": "lora_target_modules: [[a], b]\n",
     "refused.yaml": "model_init_kwargs: {dtype: float32}\n",
