@@ -198,6 +198,8 @@ def test_every_written_command_parses(where, monkeypatch, tmp_path):
         row = next((row for part, row in ROWS.items() if part in name), PAIR)
         with (gzip.open if name.endswith(".gz") else open)(name, "wt") as file:
             file.write(json.dumps(row))
+    for name in re.findall(r"model_name_or_path[=: ]+\W?(saved/\w+)", said):  # made by an earlier command
+        Path(name).mkdir(parents=True, exist_ok=True)
     *launcher, at = (i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = Path(words[at]), words[at + 1 :]
     assert script.exists(), f"{script} does not exist"
