@@ -146,7 +146,8 @@ def ddp(starts, data, tmp_path_factory):
             model = starts["base" if stage == "sft" or mode == "full" else "sft"]
             flags = {"model_name_or_path": model, "dataset_names": data, "use_peft": mode == "lora"}
             flags |= {"reward_model_name_or_path": starts["reward"], **PPO} if stage == "ppo" else {}
-            made[stage, mode] = flags, train("ddp", stage, root / f"{stage}_{mode}", flags)
+            padded = {**flags, "pad_rows": True}  # as the engines pad, or dropout would be drawn otherwise
+            made[stage, mode] = flags, train("ddp", stage, root / f"{stage}_{mode}", padded)
         return made[stage, mode]
 
     return get
