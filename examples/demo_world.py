@@ -338,7 +338,7 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         bos_token_id=eos, eos_token_id=eos, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    read(model, documents, eos, random.Random(seed), steps)
+    fit(model, documents, eos, random.Random(seed), steps)
 
     # written beside the folder and renamed, so that a killed run leaves no half a model
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -348,7 +348,7 @@ def train_base(output_dir: str | Path, seed: int = 0, steps: int = 600) -> None:
         (Path(folder) / "model").rename(output_dir)
 
 
-def read(model, documents: list[list[int]], eos: int, rng: random.Random, steps: int) -> None:
+def fit(model, documents: list[list[int]], eos: int, rng: random.Random, steps: int) -> None:
     """Train a GPT-2 on tokens of documents, each of which ends with `eos`."""
     import torch
     from tqdm import trange
